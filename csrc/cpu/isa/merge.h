@@ -1,0 +1,43 @@
+// In-place merge of pairs of hidden states.
+#pragma once
+
+#include "cpu/isa/simd.h"
+
+namespace fmd::cpu::FMD_ISA {
+
+template <typename T, typename Load, typename Store>
+FMD_INLINE void merge_row(T* home, const T* away, float weight, int64_t size, Load load_vector, Store store_vector) {
+  const float rest = 1.0f - weight;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    store_vector(home + i, weight * load_vector(home + i) + rest * load_vector(away + i));
+  }
+  if (i < size) {
+    T home_rest[kLanes] = {}, away_rest[kLanes] = {};
+    const int64_t bytes = (size - i) * sizeof(T);
+    __builtin_memcpy(home_rest, home + i, bytes);
+    __builtin_memcpy(away_rest, away + i, bytes);
+    store_vector(home_rest, weight * load_vector(home_rest) + rest * load_vector(away_rest));
+    __builtin_memcpy(home + i, home_rest, bytes);
+  }
+}
+
+inline void merge_pairs(const MergeParams& params, int64_t pair_begin, int64_t pair_end) {
+  for (int64_t j = pair_begin; j < pair_end; ++j) {
+    void* home = element(params.hidden, params.dtype, params.home_rows[j] * params.stride_row);
+    void* away = element(params.hidden, params.dtype, params.away_rows[j] * params.stride_row);
+    if (params.dtype == DType::kFloat32) {
+      merge_row(
+          static_cast<float*>(home), static_cast<float*>(away), params.weights[j], params.hidden_size,
+          [](const float* from) { return load<VecF>(from); }, [](float* to, VecF value) { store(to, value); });
+    } else if (params.dtype == DType::kBFloat16) {
+      merge_row(static_cast<uint16_t*>(home), static_cast<uint16_t*>(away), params.weights[j], params.hidden_size,
+                load_bfloat16, store_bfloat16);
+    } else {
+      merge_row(static_cast<uint16_t*>(home), static_cast<uint16_t*>(away), params.weights[j], params.hidden_size,
+                load_float16, store_float16);
+    }
+  }
+}
+
+}  // namespace fmd::cpu::FMD_ISA

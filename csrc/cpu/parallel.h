@@ -1,0 +1,31 @@
+// Dynamic scheduling over the caller's ParallelFor. For the launchers only, never for csrc/cpu/isa/.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "fmd/params.h"
+
+namespace fmd::cpu {
+
+// Runs body(i) for every i in [0, count), lowest i first, each on the thread that is free next: items that differ in
+// cost still keep all threads busy. What an item computes must not depend on the thread it runs on.
+template <typename Body>
+void for_each_item(const ParallelFor& parallel_for, int64_t count, const Body& body) {
+  struct Context {
+    const Body& body;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+  } context{body, count};
+  // The ranges only say how many threads there are: whoever comes first takes the next item, and the last range may
+  // find nothing left.
+  parallel_for.run(
+      parallel_for, count, 1,
+      [](void* erased, int64_t, int64_t) {
+        Context& shared = *static_cast<Context*>(erased);
+        for (int64_t i = shared.next++; i < shared.count; i = shared.next++) shared.body(i);
+      },
+      &context);
+}
+
+}  // namespace fmd::cpu
