@@ -1,0 +1,171 @@
+"""From clips and a question to the inputs of a model, by the model's own processor and chat template."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fmd_ext.media import Clip
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+
+
+def prepare_inputs(
+    processor: Any,
+    clips: Clip | Sequence[Clip],
+    question: str,
+    *,
+    use_audio_in_video: bool = False,
+    system_prompt: str = SYSTEM_PROMPT,
+    frame_pixels: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """The inputs of one conversation about one or several clips; ``model.generate(**inputs)`` answers it.
+
+    Args:
+        processor: of a Qwen2.5-Omni model.
+        clips: what the question is about; none of them is a question without a clip.
+        question: of the user, not empty.
+        use_audio_in_video: interleave picture and sound of each clip in time, as the model's own name says, instead
+            of all picture first and all sound after it. A clip that lacks one of them has nothing to interleave.
+        system_prompt: first turn of the conversation.
+        frame_pixels: least and most pixels to which a frame is scaled; None leaves it to the processor. The number
+            of visual tokens follows from it: one for 28 x 28 pixels of every two frames.
+
+    Returns:
+        input_ids and attention_mask int64 [1, N]; for clips with picture pixel_values_videos float32
+        [patches, 1176], video_grid_thw int64 [clips, 3] and video_second_per_grid float32 [clips]; for clips with
+        sound input_features float32 [clips, mel, frames] and feature_attention_mask [clips, frames]; and
+        use_audio_in_video, true, where picture and sound are interleaved.
+
+    Raises:
+        ValueError: an empty question; clips of different frame rates; clips with and without sound together when
+            they should be interleaved; a clip whose sampling rate is not the processor's.
+    """
+    clips = [clips] if isinstance(clips, Clip) else list(clips)
+    return prepare_batch(
+        processor,
+        [(clips, question)],
+        use_audio_in_video=use_audio_in_video,
+        system_prompt=system_prompt,
+        frame_pixels=frame_pixels,
+    )
+
+
+def prepare_batch(
+    processor: Any,
+    conversations: Sequence[tuple[Sequence[Clip], str]],
+    *,
+    use_audio_in_video: bool = False,
+    system_prompt: str = SYSTEM_PROMPT,
+    frame_pixels: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Like prepare_inputs for several conversations (clips, question), padded on the tokenizer's side."""
+    texts, clips = [], []
+    for own_clips, question in conversations:
+        texts.append(_render(processor, own_clips, question, use_audio_in_video, system_prompt))
+        clips.extend(own_clips)
+    interleaved = use_audio_in_video and any(clip.missing is None for clip in clips)
+    if interleaved and any(clip.missing for clip in clips):
+        raise ValueError(
+            "interleaving needs picture and sound in every clip, and some clips here lack one of them; "
+            "use separate audio (use_audio_in_video=False)"
+        )
+
+    media: dict[str, Any] = {}
+    filmed = [clip for clip in clips if clip.frames is not None]
+    if filmed:
+        rates = {clip.fps for clip in filmed}
+        if len(rates) > 1:
+            raise ValueError(f"clips of one call must have one frame rate, got {sorted(rates)} frames per second")
+        # [T, H, W, 3] -> [T, 3, H, W]: no guess about where the channels are.
+        media["videos"] = [torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in filmed]
+        media["videos_kwargs"] = _video_arguments(processor, rates.pop(), frame_pixels)
+    heard = [clip for clip in clips if clip.audio is not None]
+    if heard:
+        _check_audio(processor, heard)
+        media["audio"] = [clip.audio for clip in heard]
+    if interleaved:
+        media.update(_interleaving_arguments(processor, len(filmed)))
+
+    inputs = dict(processor(text=texts, return_tensors="pt", padding=True, **media))
+    if interleaved:
+        inputs["use_audio_in_video"] = True
+    return inputs
+
+
+def to_device(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A copy of the inputs with every tensor on ``device``."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+
+def speech_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs for ``generate`` of the full model with speech out, which takes pixels for its thinker only.
+
+    Without the prefix transformers hands the pixels to the talker too, which refuses arguments that it does not know.
+    """
+    pixels = ("pixel_values", "pixel_values_videos")
+    return {f"thinker_{name}" if name in pixels else name: value for name, value in inputs.items()}
+
+
+def last_question_token(processor: Any, question: str) -> int:
+    """Index, from the end of the prompt (negative), of the last token of the question in ``prepare_inputs``' result.
+
+    What follows the question in the prompt is the chat template's: the end of the turn and the opening of the answer.
+    """
+    prompt = _render(processor, [], question, False, SYSTEM_PROMPT)
+    tail = prompt.rpartition(question)[2]
+    return -1 - len(processor.tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def _render(processor: Any, clips: Sequence[Clip], question: str, interleave: bool, system_prompt: str) -> str:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"the question is empty: {question!r}")
+    parts: list[dict[str, str]] = []
+    for clip in clips:
+        if clip.frames is not None:
+            parts.append({"type": "video"})
+        # Interleaved sound has no place of its own: the processor puts it between the frames.
+        if clip.audio is not None and not (interleave and clip.frames is not None):
+            parts.append({"type": "audio"})
+    parts.append({"type": "text", "text": question})
+    conversation = [
+        {"role": "system", "content": [{"type": "text", "text": system_prompt}]},
+        {"role": "user", "content": parts},
+    ]
+    return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+
+def _video_arguments(processor: Any, fps: float, frame_pixels: tuple[int, int] | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"fps": fps, "do_sample_frames": False}  # the clip's frames are the sample
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        arguments["cap_pixels_per_frame"] = True  # as Qwen's own code does; older versions have no such cap
+    if frame_pixels is not None:
+        least, most = frame_pixels
+        if not 0 < least <= most:
+            raise ValueError(f"frame_pixels must be (least, most) with 0 < least <= most, got {frame_pixels}")
+        arguments["size"] = {"shortest_edge": least, "longest_edge": most}
+    return arguments
+
+
+def _check_audio(processor: Any, clips: Sequence[Clip]) -> None:
+    extractor = processor.feature_extractor
+    for clip in clips:
+        if clip.sampling_rate != extractor.sampling_rate:
+            raise ValueError(
+                f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
+                f"load it with sampling_rate={extractor.sampling_rate}"
+            )
+        if clip.audio.size > extractor.n_samples:
+            seconds = extractor.n_samples / extractor.sampling_rate
+            heard = clip.audio.size / clip.sampling_rate
+            warnings.warn(f"the model hears only the first {seconds:g} s of {heard:.1f} s of sound", stacklevel=4)
+
+
+def _interleaving_arguments(processor: Any, num_clips: int) -> dict[str, Any]:
+    """How this version of transformers wants to be told that sound belongs to the pictures."""
+    if hasattr(processor, "_resolve_audio_from_video"):  # since 5.2x: told which sound belongs to which video
+        return {"load_audio_from_video": True, "audio_from_video_indices": list(range(num_clips))}
+    return {"use_audio_in_video": True}
