@@ -1,0 +1,38 @@
+"""The table of supported model families. Adding one: a short file beside this one and an entry here."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import AUDIO, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSource
+from .qwen2_5_omni import QWEN2_5_OMNI
+from .text_decoder import TEXT_DECODER
+
+__all__ = ["ADAPTERS", "AUDIO", "LABELS", "PADDING", "TEXT", "VISUAL", "Adapter", "TokenSource", "find_adapter"]
+
+ADAPTERS: dict[str, Adapter] = {"qwen2_5_omni": QWEN2_5_OMNI, "text": TEXT_DECODER}
+
+
+def find_adapter(model: nn.Module, adapter: str | Adapter | None = None) -> Adapter:
+    """The adapter for ``model``: the one asked for (by name or object), else by ``model.config.model_type``.
+
+    Raises:
+        TypeError: no adapter serves the model; the message lists what is supported and how to pass labels by hand.
+        ValueError: an unknown adapter name.
+    """
+    if isinstance(adapter, Adapter):
+        return adapter
+    if adapter is not None:
+        if adapter not in ADAPTERS:
+            raise ValueError(f"unknown adapter {adapter!r}; the adapters are {', '.join(map(repr, ADAPTERS))}")
+        return ADAPTERS[adapter]
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for candidate in ADAPTERS.values():
+        if model_type in candidate.model_types:
+            return candidate
+    supported = sorted(t for candidate in ADAPTERS.values() for t in candidate.model_types)
+    raise TypeError(
+        f"no adapter for {type(model).__name__} (model_type {model_type!r}). Supported model types: "
+        f"{', '.join(supported)}. For any other Llama- or Qwen-like decoder use patch(model, adapter='text') and pass "
+        "modality_labels (0 text, 1 visual, 2 audio) with the embeddings."
+    )

@@ -1,0 +1,104 @@
+"""What an adapter says about a model family. It is data: no adapter has code of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import FMDConfig
+
+# Labels of positions, as the planner and every `modality_labels` argument use them.
+PADDING, TEXT, VISUAL, AUDIO = -1, 0, 1, 2
+LABELS = {"text": TEXT, "visual": VISUAL, "audio": AUDIO}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSource:
+    """A placeholder token and the inputs whose features replace it.
+
+    Args:
+        modality: ``"visual"`` or ``"audio"``.
+        token_id: name of the config attribute that holds the placeholder's id.
+        inputs: forward arguments that bring the features. ``"a.b"`` means key ``b`` of the dict argument ``a``. A
+            placeholder without any of them in the call is an ordinary token, such as a generated one.
+    """
+
+    modality: str
+    token_id: str
+    inputs: tuple[str, ...]
+
+    def is_fed_by(self, call: dict[str, Any]) -> bool:
+        for name in self.inputs:
+            argument, _, key = name.partition(".")
+            value = call.get(argument)
+            if key and value is not None:
+                value = value.get(key)
+            if value is not None:
+                return True
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Where a model family keeps what fork-merge decoding touches. Paths are dotted attribute names.
+
+    Args:
+        name: shown to users.
+        model_types: ``config.model_type`` values that the adapter serves.
+        entry: candidate paths from the model to the module whose ``forward`` and ``generate`` take token ids
+            (``""`` is the model itself).
+        decoder: candidate paths from the entry to the text decoder: the module with ``layers``, ``norm`` and
+            ``rotary_emb``. Where transformers moved it, both places are listed; the first that exists is taken.
+        sources: placeholder tokens of the branch modalities; none means that labels are always given by hand.
+        defaults: settings for this family where they differ from the package's.
+        attention: attribute of a decoder layer that holds its attention module.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    entry: tuple[str, ...]
+    decoder: tuple[str, ...]
+    sources: tuple[TokenSource, ...] = ()
+    defaults: FMDConfig = FMDConfig()
+    attention: str = "self_attn"
+
+    def find_entry(self, model: nn.Module) -> nn.Module:
+        return _first(model, self.entry, "forward")
+
+    def find_decoder(self, model: nn.Module) -> nn.Module:
+        """The text decoder of ``model``. Raises TypeError when it is not where the adapter says."""
+        decoder = _first(self.find_entry(model), self.decoder, "layers")
+        for name in ("layers", "norm", "rotary_emb"):
+            if not hasattr(decoder, name):
+                raise TypeError(f"the text decoder {type(decoder).__name__} has no attribute {name!r}")
+        return decoder
+
+    def labels_of(
+        self, model: nn.Module, input_ids: torch.Tensor, call: dict[str, Any] | None = None
+    ) -> torch.Tensor | None:
+        """Modality labels, int8 [batch, length], of ``input_ids`` [batch, length].
+
+        With ``call`` (the forward's arguments) only placeholders whose features are part of the call are labelled;
+        None when there are none.
+        """
+        sources = [source for source in self.sources if call is None or source.is_fed_by(call)]
+        if not sources:
+            return None
+        config = self.find_entry(model).config
+        labels = torch.zeros(input_ids.shape, dtype=torch.int8, device=input_ids.device)
+        for source in sources:
+            labels.masked_fill_(input_ids == getattr(config, source.token_id), LABELS[source.modality])
+        return labels
+
+
+def _first(root: nn.Module, paths: tuple[str, ...], attribute: str) -> nn.Module:
+    for path in paths:
+        module: Any = root
+        for name in filter(None, path.split(".")):
+            module = getattr(module, name, None)
+        if isinstance(module, nn.Module) and hasattr(module, attribute):
+            return module
+    raise TypeError(f"{type(root).__name__} has no module with {attribute!r} at any of {list(paths)}")

@@ -1,0 +1,324 @@
+"""The KV cache of a patched model: a slot pool per layer, cut into segments per sample.
+
+In the layers before the merge a sample has three segments: its prefix, shared by both branches, and one per branch. In
+the layers after it, one. Segments are slot ranges with spare capacity, so that a decode step writes in place; when one
+is full, all move to new pools with geometric headroom.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from . import _core, ops
+from .config import FMDConfig
+from .plan import AttentionStep, StepPlan
+
+NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
+UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
+BOTH_MODALITIES = 0b11
+
+
+class SegmentTable:
+    """Slot ranges: start, length and capacity [batch, segments] of every segment, int64."""
+
+    def __init__(self, batch: int, segments: int) -> None:
+        self.start = np.zeros((batch, segments), np.int64)
+        self.length = np.zeros((batch, segments), np.int64)
+        self.capacity = np.zeros((batch, segments), np.int64)
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.capacity.sum())
+
+    def slots_in_use(self) -> np.ndarray:
+        """Slots that hold keys, segment by segment."""
+        return _slots(self.start, self.length)
+
+    def resized(self, needed: np.ndarray, growing: np.ndarray) -> SegmentTable:
+        """The same lengths with room for ``needed`` keys; segments that are ``growing`` get a quarter more."""
+        table = SegmentTable(*self.length.shape)
+        table.length = self.length.copy()
+        headroom = np.where(growing & (needed > 0), np.maximum(needed // 4, 64), 0)
+        table.capacity = np.where(needed > self.capacity, needed + headroom, self.capacity)
+        table._place()
+        return table
+
+    def select(self, samples: np.ndarray) -> tuple[SegmentTable, np.ndarray]:
+        """The table of ``samples`` (repeats allowed), and for each used slot of it the old slot it comes from."""
+        table = SegmentTable(len(samples), self.length.shape[1])
+        table.length, table.capacity = self.length[samples], self.capacity[samples]
+        table._place()
+        return table, _slots(self.start[samples], table.length)
+
+    def _place(self) -> None:
+        flat = self.capacity.ravel()
+        self.start = (np.cumsum(flat) - flat).reshape(self.capacity.shape)
+
+
+class BranchedLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer: pools [num_kv_heads, num_slots, head_dim]."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, state: BranchedState, layer_idx: int) -> None:
+        super().__init__()
+        self.state = state
+        self.layer_idx = layer_idx
+
+    @property
+    def _leads(self) -> bool:
+        # transformers asks every layer in turn; the state is one, so the first layer's call acts for all.
+        return self.layer_idx == 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        num_slots = self.state.table_of(self.layer_idx).num_slots
+        shape = (key_states.shape[1], num_slots)
+        self.keys = key_states.new_empty((*shape, key_states.shape[3]))
+        self.values = value_states.new_empty((*shape, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Appends [1, num_kv_heads, rows, head_dim]; returns the pools."""
+        plan = self.state.plan
+        if plan is None:
+            raise RuntimeError(
+                "this cache belongs to a model patched by fmd_ext; it cannot be used by another model or after unpatch"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = plan.attention_for(self.layer_idx)
+        slots = step.get("slots", key_states.device)
+        ops.append_(self.keys, self.values, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), slots)
+        return self.keys, self.values
+
+    def move(self, source: np.ndarray, destination: np.ndarray, num_slots: int) -> None:
+        """Replaces the pools by ones of ``num_slots`` slots with ``source`` slots copied to ``destination``."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            pool = getattr(self, name)
+            moved = pool.new_empty((pool.shape[0], num_slots, pool.shape[2]))
+            indices = (torch.from_numpy(index).to(pool.device) for index in (destination, source))
+            destination_slots, source_slots = indices
+            moved[:, destination_slots] = pool[:, source_slots]
+            setattr(self, name, moved)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.state.logical_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.state.logical_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self._leads:
+            self.state.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._leads:
+            self.state.select(np.repeat(np.arange(self.state.batch), repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self._leads:
+            self.state.select(torch.arange(self.state.batch)[indices.cpu()])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of positions to remove, got {tokens_to_remove}")
+        if self._leads:
+            self.state.crop(-int(tokens_to_remove))
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        if self._leads:
+            self.state.clear()
+
+
+class BranchedState:
+    """What a cache knows of its samples: lengths, slots, and how far each is into the fork.
+
+    ``owner`` identifies the patch that the cache belongs to; ``plan`` is set while that patch runs a forward call.
+    """
+
+    def __init__(self, owner: str, config: FMDConfig, num_layers: int) -> None:
+        self.owner = owner
+        self.config = config
+        self.layers = [BranchedLayer(self, i) for i in range(num_layers)]
+        self.clear()
+
+    def clear(self) -> None:
+        self.plan: StepPlan | None = None
+        self.batch = 0
+        self.logical_length = 0  # of the padded batch, as transformers counts
+
+    def _start(self, batch: int) -> None:
+        self.batch = batch
+        self.phase = np.zeros(batch, np.int8)
+        self.modalities = np.zeros(batch, np.int8)  # bits: 1 visual, 2 audio, cached or announced
+        self.valid = np.zeros(batch, np.int64)  # positions without padding
+        self.text_tail = np.zeros(batch, np.int64)  # trailing positions that are text: what crop can remove
+        self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
+        self.trunk_table = SegmentTable(batch, 1)
+
+    def table_of(self, layer_idx: int) -> SegmentTable:
+        return self.fork_table if layer_idx < self.config.fork_layers else self.trunk_table
+
+    def make_plan(self, labels: np.ndarray, announced: np.ndarray | None = None) -> StepPlan:
+        """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio).
+
+        ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
+        in chunks forks like a prompt given at once. The state changes only on ``commit``, room excepted.
+        """
+        batch, length = labels.shape
+        if self.batch == 0:
+            self._start(batch)
+        elif self.batch != batch:
+            raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")
+        modalities = self.modalities | (labels == 1).any(1) | ((labels == 2).any(1).astype(np.int8) << 1)
+        if announced is not None:
+            modalities = modalities | announced
+        phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
+        raw = _core.make_plan(
+            labels,
+            self.fork_table.length,
+            self.trunk_table.length[:, 0],
+            phase.astype(np.int8),
+            self.config.masking,
+        )
+        fork_length = raw.seg_len.reshape(batch, NUM_SEGMENTS)
+        trunk_length = self.trunk_table.length + (labels >= 0).sum(1, keepdims=True)
+        prefix_grows = (raw.phase != FORKED)[:, None]
+        growing = np.concatenate([prefix_grows, ~prefix_grows, ~prefix_grows], axis=1)
+        self._reserve(fork_length, growing, trunk_length)
+        self._next = (raw.phase, modalities.astype(np.int8), fork_length, trunk_length, labels)
+        return StepPlan(
+            batch=batch,
+            length=length,
+            num_home=raw.num_home,
+            positions=raw.positions,
+            home_rows=raw.home_rows,
+            away_modality=raw.away_modality,
+            fork=_attention_step(raw.fork, self.fork_table.start, fork_length),
+            trunk=_attention_step(raw.trunk, self.trunk_table.start, trunk_length),
+            fork_layers=self.config.fork_layers,
+            forked=raw.phase == FORKED,
+        )
+
+    def commit(self) -> None:
+        """Takes over what the last plan added; called when its forward call has succeeded."""
+        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
+        is_text = labels == 0
+        tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
+        self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
+        self.valid = self.valid + (labels >= 0).sum(1)
+        self.logical_length += labels.shape[1]
+
+    def _reserve(self, fork_length: np.ndarray, growing: np.ndarray, trunk_length: np.ndarray) -> None:
+        needs = (("fork_table", fork_length, growing), ("trunk_table", trunk_length, np.ones_like(trunk_length, bool)))
+        for name, needed, grows in needs:
+            old = getattr(self, name)
+            if (needed > old.capacity).any():
+                new = old.resized(needed, grows)
+                self._move(name, new, old.slots_in_use())
+
+    def _move(self, name: str, new: SegmentTable, source: np.ndarray) -> None:
+        old = getattr(self, name)
+        destination = new.slots_in_use()
+        for layer in self.layers:
+            if self.table_of(layer.layer_idx) is old:
+                layer.move(source, destination, new.num_slots)
+        setattr(self, name, new)
+
+    def select(self, samples: torch.Tensor | np.ndarray) -> None:
+        """Keeps ``samples`` [new batch] in that order, repeats allowed (beam search)."""
+        if self.batch == 0:
+            return
+        index = samples.cpu().numpy() if isinstance(samples, torch.Tensor) else samples
+        if len(index) == self.batch and (index == np.arange(self.batch)).all():
+            return
+        for name in ("fork_table", "trunk_table"):
+            new, source = getattr(self, name).select(index)
+            self._move(name, new, source)
+        self.batch = len(index)
+        for name in ("phase", "modalities", "valid", "text_tail"):
+            setattr(self, name, getattr(self, name)[index])
+
+    def crop(self, count: int) -> None:
+        """Forgets the last ``count`` positions, which must be text after the last position of a branch modality."""
+        if count == 0 or self.batch == 0:
+            return
+        if count > self.text_tail.min():
+            raise ValueError(
+                f"cannot crop {count} positions: only the last {self.text_tail.min()} are text in every sample, and a "
+                "forked cache cannot give back positions of a branch modality or padding"
+            )
+        forked = self.phase == FORKED
+        self.fork_table.length = self.fork_table.length - count * np.stack([~forked, forked, forked], axis=1)
+        self.trunk_table.length = self.trunk_table.length - count
+        self.text_tail = self.text_tail - count
+        self.valid = self.valid - count
+        self.logical_length -= count
+
+
+def _slots(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The slots start .. start + length - 1 of every segment, one after the other."""
+    length = length.ravel()
+    first = np.repeat(start.ravel() - (np.cumsum(length) - length), length)
+    return first + np.arange(len(first))
+
+
+def _attention_step(groups, start: np.ndarray, length: np.ndarray) -> AttentionStep:
+    segment = groups.group_segment
+    segments_per_sample = start.shape[1]
+    first = segment - segment % segments_per_sample  # the prefix segment of the same sample
+    start, length = start.ravel(), length.ravel()
+    has_prefix = segment != first
+    columns = (start[segment], length[segment], start[first] * has_prefix, length[first] * has_prefix)
+    return AttentionStep(
+        groups.max_qo_len,
+        qo_rows=groups.qo_rows,
+        cu_seqlens_q=groups.cu_seqlens_q,
+        segments=np.stack(columns, axis=1),
+        slots=start[groups.row_segment] + groups.row_offset,
+    )
+
+
+def adopt(cache: Cache | None, owner: str, config: FMDConfig, num_layers: int) -> tuple[Cache, BranchedState]:
+    """Makes ``cache`` (a fresh DynamicCache, or one adopted before; None: a new one) hold branched layers.
+
+    Raises:
+        TypeError: a kind of cache that cannot hold branches (static, quantized, offloaded, ...).
+        ValueError: a cache that another model, another patch or the unpatched model has filled.
+    """
+    if cache is None:
+        cache = DynamicCache()
+    layers = getattr(cache, "layers", None)
+    if layers and isinstance(layers[0], BranchedLayer):
+        state = layers[0].state
+        if state.owner is owner:
+            return cache, state
+        if state.batch:
+            raise ValueError("this cache was filled by another patched model, or before the model was patched again")
+    elif type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        raise TypeError(
+            f"a patched model keeps its branches in a DynamicCache; got {type(cache).__name__}"
+            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}. Static, compiled, quantized and "
+            "offloaded caches are not supported: leave cache_implementation unset"
+        )
+    elif cache.get_seq_length() > 0:
+        raise ValueError(
+            f"this cache already holds {cache.get_seq_length()} positions from an unpatched model; start with an empty "
+            "one, or unpatch the model to go on with it"
+        )
+    state = BranchedState(owner, config, num_layers)
+    cache.layers = list(state.layers)
+    cache.layer_class_to_replicate = None
+    return cache, state

@@ -1,0 +1,115 @@
+"""What can be chosen about fork-merge decoding, and which values are legal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+MODALITIES = ("visual", "audio")
+MASKINGS = ("zero", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class FMDConfig:
+    """The settings of fork-merge decoding (FMD, arXiv 2505.20873). ``None`` stands for the model's default.
+
+    Args:
+        fork_layers: decoder layers that run once per branch, 0 to the number of layers (the paper's L_fork).
+            0 is the untouched model. The paper's values are not public; our default is a quarter of the layers.
+        masking: how a branch loses the other modality. ``"zero"`` (the paper, default): its embeddings are multiplied
+            by ``mask_scale`` and stay in the sequence. ``"attention"`` (ours): its positions are absent, nobody
+            attends to them.
+        mask_scale: factor in [0, 1] on masked embeddings with ``masking="zero"``; 0 is the paper, more is soft masking.
+        alpha: weight in [0, 1], at a position of a branch modality, of the branch in which it carries content; the
+            branch in which it is masked gets ``1 - alpha``. One number, or ``{"visual": a, "audio": b}``. Without
+            effect for ``masking="attention"``, where such a position exists in one branch only. Default 0.8: the
+            paper's value for VideoLLaMA2; for other models a choice of ours.
+        text_weight: weight in [0, 1] of the visual branch at text positions, default 0.5 (a plain average).
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is accepted.
+    """
+
+    fork_layers: int | None = None
+    masking: str | None = None
+    mask_scale: float | None = None
+    alpha: float | Mapping[str, float] | None = None
+    text_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fork_layers is not None:
+            object.__setattr__(self, "fork_layers", _layer_count(self.fork_layers))
+        if self.masking is not None and self.masking not in MASKINGS:
+            raise ValueError(f"masking must be one of {', '.join(map(repr, MASKINGS))}, got {self.masking!r}")
+        for name in ("mask_scale", "text_weight"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _unit_interval(name, getattr(self, name)))
+        if isinstance(self.alpha, Mapping):
+            if set(self.alpha) != set(MODALITIES):
+                raise ValueError(f"alpha must have exactly the keys {list(MODALITIES)}, got {sorted(self.alpha)}")
+            object.__setattr__(self, "alpha", {m: _unit_interval(f"alpha[{m!r}]", self.alpha[m]) for m in MODALITIES})
+        elif self.alpha is not None:
+            object.__setattr__(self, "alpha", _unit_interval("alpha", self.alpha))
+        if self.masking == "attention" and self.mask_scale:
+            raise ValueError(
+                f"mask_scale={self.mask_scale} has no meaning with masking='attention' (masked positions are absent); "
+                "use masking='zero' for soft masking"
+            )
+
+    def replace(self, **overrides: Any) -> FMDConfig:
+        """A copy with some fields changed. Raises TypeError for a name that is no field."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in overrides:
+            if name not in known:
+                raise TypeError(f"unknown FMD setting {name!r}; the settings are {', '.join(known)}")
+        return dataclasses.replace(self, **overrides)
+
+    def resolve(self, defaults: FMDConfig, num_layers: int) -> FMDConfig:
+        """All fields filled: from ``self``, else from ``defaults``, else from the package's defaults.
+
+        Raises ValueError when ``fork_layers`` exceeds ``num_layers``.
+        """
+        package = FMDConfig(max(1, num_layers // 4), "zero", 0.0, 0.8, 0.5)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            candidates = (getattr(source, field.name) for source in (self, defaults, package))
+            values[field.name] = next(value for value in candidates if value is not None)
+        if values["masking"] == "attention" and self.mask_scale is None:
+            values["mask_scale"] = 0.0
+        if values["fork_layers"] > num_layers:
+            given = values["fork_layers"]
+            raise ValueError(f"fork_layers={given} is out of range: the decoder has {num_layers} layers")
+        return FMDConfig(**values)
+
+    @property
+    def merge_weights(self) -> tuple[float, float, float]:
+        """Home row weights (text, visual, audio) in the merge; the config must be resolved."""
+        alpha = self.alpha if isinstance(self.alpha, Mapping) else dict.fromkeys(MODALITIES, self.alpha)
+        return (self.text_weight, alpha["visual"], alpha["audio"])
+
+
+def _layer_count(value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"fork_layers must be a whole number, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"fork_layers must be 0 or more, got {count}")
+    return count
+
+
+def _unit_interval(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}") from None
+    if math.isnan(number) or not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {number}")
+    return number

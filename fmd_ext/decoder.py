@@ -1,0 +1,307 @@
+"""The forward call of a patched text decoder: rows in, branched layers, merge, padded batch out.
+
+The model's own decoder code runs. It gets one packed sequence of rows instead of the padded batch; its attention
+modules call `branched_attention`; a pre-hook on every layer after the fork merges the rows and drops the away rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_outputs import ModelOutput
+
+from . import ops
+from .adapters import AUDIO, PADDING, TEXT, VISUAL
+from .cache import adopt
+from .config import FMDConfig
+from .plan import StepPlan
+
+if TYPE_CHECKING:
+    from .patch import Handle
+
+ATTENTION_NAME = "fmd_ext"
+
+
+def branched_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    fmd_plan: StepPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface over slot pools.
+
+    Args:
+        query: [1, num_qo_heads, rows, head_dim].
+        key, value: pools [num_kv_heads, num_slots, head_dim], as the cache's ``update`` returns them.
+        scaling: softmax scale, default head_dim ** -0.5.
+
+    Returns:
+        [1, rows, num_qo_heads, head_dim], and None for the weights, which are never materialised.
+    """
+    if fmd_plan is None:
+        raise RuntimeError(
+            f"{type(module).__name__} did not pass its keyword arguments on to the attention function, so fmd_ext "
+            "cannot run in it"
+        )
+    extras = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    if extras:
+        raise TypeError(
+            f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
+        )
+    step = fmd_plan.attention_for(module.layer_idx)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = query[0].transpose(0, 1)
+    qo_rows, segments = step.get("qo_rows", rows.device), step.get("segments", rows.device)
+    if step.max_qo_len == 1:
+        out, _ = ops.branched_decode(rows, key, value, qo_rows, segments, scale)
+    else:
+        cu_seqlens_q = step.get("cu_seqlens_q", rows.device)
+        out, _ = ops.branched_prefill(rows, key, value, qo_rows, cu_seqlens_q, segments, step.max_qo_len, scale)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, branched_attention)
+
+
+class MergeHook:
+    """Forward pre-hook of the layers after the fork: merges once, then keeps the home rows of every argument."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        plan = self.handle.plan
+        if plan is None or plan.num_away == 0:
+            return None
+        rows, home = plan.num_rows, plan.num_home
+
+        def home_rows(value: Any, dim: int) -> Any:
+            if isinstance(value, tuple):
+                return tuple(home_rows(item, dim) for item in value)
+            if isinstance(value, torch.Tensor) and value.dim() >= -dim and value.shape[dim] == rows:
+                return value.narrow(dim, 0, home)
+            return value
+
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] == rows:
+            self._merge(hidden, plan)
+            hidden = home_rows(hidden, -2)
+            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        for name, dim in (("position_embeddings", -2), ("position_ids", -1)):
+            if name in kwargs:
+                kwargs[name] = home_rows(kwargs[name], dim)
+        return args, kwargs
+
+    def _merge(self, hidden: torch.Tensor, plan: StepPlan) -> None:
+        tensors, device = plan.tensors, hidden.device
+        weights = torch.tensor(self.handle.config.merge_weights, dtype=torch.float32, device=device)
+        ops.merge_(
+            hidden[0],
+            tensors.get("home_rows", device),
+            tensors.get("away_rows", device),
+            weights[tensors.get("away_modality", device)],
+        )
+
+
+class ForkedDecoder:
+    """Runs a text decoder's own forward on packed rows. One per patched decoder."""
+
+    def __init__(self, handle: Handle, original: Any) -> None:
+        self.handle = handle
+        self.original = original
+        self.signature = inspect.signature(original)
+
+    def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = arguments_by_name(self.signature, args, kwargs)
+        return_dict = call.pop("return_dict", None)
+        use_cache = call.pop("use_cache", None)
+        if use_cache is None:
+            use_cache = getattr(decoder.config, "use_cache", True)
+        self._refuse(decoder, call)
+        embeds, mask = call["inputs_embeds"], call.pop("attention_mask", None)
+        given = call.pop("past_key_values", None)
+        past = 0 if given is None else given.get_seq_length()
+        self._check_length(decoder, past + embeds.shape[1])
+        labels, announced = self._labels(embeds, past, call.pop("modality_labels", None))
+        cache, state = adopt(given, self.handle.token, self.handle.config, len(decoder.layers))
+        _apply_padding(labels, mask, past, state)
+        plan = state.make_plan(labels, announced)
+        call["inputs_embeds"] = self._pack_embeds(embeds, plan)
+        call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
+        call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
+
+        state.plan = self.handle.plan = plan
+        try:
+            out = self.original(**call)
+        finally:
+            state.plan = self.handle.plan = None
+        state.commit()
+        self.handle.last_plan = plan
+        out = self._unpack(out, plan, cache if use_cache else None)
+        return out.to_tuple() if return_dict is False else out
+
+    def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
+        """Errors for what the method does not do; fills in ``inputs_embeds``."""
+        input_ids, embeds = call.pop("input_ids", None), call.get("inputs_embeds")
+        if (input_ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if embeds is None:
+            embeds = call["inputs_embeds"] = decoder.get_input_embeddings()(input_ids)
+        if embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds must be [batch, length, hidden], got {list(embeds.shape)}")
+        refuse_gradients(decoder, embeds)
+        if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+            raise ValueError(
+                "a patched model has no attention weights to return (they are never materialised); leave "
+                "output_attentions unset, or use fmd_ext.diagnose.attention_share"
+            )
+
+    def _check_length(self, decoder: nn.Module, length: int) -> None:
+        limit = getattr(decoder.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(f"the context would be {length} positions long; the model's limit is {limit}")
+
+    def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
+        batch, length = embeds.shape[:2]
+        whole = self.handle.labels_for(batch) if given is None else check_labels(given, batch)
+        labels = np.full((batch, length), TEXT, np.int8)
+        if whole is None or whole.shape[1] <= past:
+            return labels, None
+        here = whole[:, past : past + length]
+        labels[:, : here.shape[1]] = here
+        to_come = whole[:, past + length :]
+        announced = (to_come == VISUAL).any(1) | ((to_come == AUDIO).any(1).astype(np.int8) << 1)
+        return labels, announced.astype(np.int8)
+
+    def _pack_embeds(self, embeds: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """[batch, length, hidden] -> [1, rows, hidden], masked embeddings of away rows scaled."""
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        if plan.num_away == 0 and plan.is_dense:
+            return flat[None]
+        packed = flat.index_select(0, plan.tensors.get("positions", flat.device))
+        if plan.num_away and self.handle.config.masking == "zero":
+            masked = plan.tensors.get("away_modality", flat.device) != TEXT
+            packed[plan.num_home :].mul_(torch.where(masked, self.handle.config.mask_scale, 1.0)[:, None].to(packed))
+        return packed[None]
+
+    def _pack_positions(self, given: Any, embeds: torch.Tensor, plan: StepPlan, past: int) -> torch.Tensor:
+        """Position ids [..., batch or 1, length] -> [..., 1, rows]; none: counted from ``past``, as vanilla does."""
+        if given is None:
+            given = torch.arange(past, past + plan.length, device=embeds.device)[None]
+        if given.shape[-1] != plan.length:
+            raise ValueError(f"position_ids are for {given.shape[-1]} positions, the call has {plan.length}")
+        flat = given.expand(*given.shape[:-2], plan.batch, plan.length).reshape(*given.shape[:-2], -1)
+        if plan.num_away or not plan.is_dense:
+            flat = flat.index_select(-1, plan.tensors.get("positions", flat.device))
+        return flat.unsqueeze(-2)
+
+    def _unpack(self, out: ModelOutput, plan: StepPlan, cache: Any) -> ModelOutput:
+        """Back to [batch, length, hidden]; hidden states before the merge are those of the home rows."""
+        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), "past_key_values": cache}
+        if out.get("hidden_states") is not None:
+            values["hidden_states"] = tuple(unpack_rows(hidden, plan) for hidden in out.hidden_states)
+        return type(out)(**values)
+
+
+def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, those of ``**kwargs`` among them."""
+    call = dict(kwargs)
+    call.update(zip(signature.parameters, args, strict=False))
+    return call
+
+
+def refuse_gradients(module: nn.Module, embeds: torch.Tensor | None = None) -> None:
+    if torch.is_grad_enabled() and (module.training or (embeds is not None and embeds.requires_grad)):
+        raise RuntimeError(
+            "fork-merge decoding is inference-only: call model.eval() and use torch.no_grad(), or unpatch the model "
+            "to train it"
+        )
+
+
+def unpack_rows(rows: torch.Tensor | None, plan: StepPlan) -> torch.Tensor | None:
+    """Home rows of [1, rows, hidden] as [batch, length, hidden]; padding is zero."""
+    if rows is None:
+        return None
+    home = rows[0, : plan.num_home]
+    if plan.is_dense:
+        return home.view(plan.batch, plan.length, -1)
+    padded = home.new_zeros((plan.batch * plan.length, home.shape[-1]))
+    padded[plan.tensors.get("positions", home.device)[: plan.num_home]] = home
+    return padded.view(plan.batch, plan.length, -1)
+
+
+def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
+    """Modality labels as int8 numpy [batch, length]. Raises TypeError or ValueError saying what is accepted."""
+    accepted = "modality_labels must be whole numbers [batch, length]: 0 text, 1 visual, 2 audio, -1 padding"
+    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{accepted}; got dtype {array.dtype}")
+    if array.ndim != 2 or (batch is not None and array.shape[0] != batch):
+        expected = "" if batch is None else f" (batch {batch})"
+        raise ValueError(f"{accepted}; got shape {list(array.shape)}{expected}")
+    unknown = np.setdiff1d(array, (PADDING, TEXT, VISUAL, AUDIO))
+    if unknown.size:
+        raise ValueError(f"{accepted}; got {unknown[:5].tolist()}")
+    return array.astype(np.int8)
+
+
+def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None:
+    """Marks positions that the 2D attention mask [batch, past + length] (or [batch, length]) leaves out."""
+    if mask is None:
+        return
+    batch, length = labels.shape
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"a patched model takes a 2D attention_mask [batch, length], got {shape}")
+    if mask.shape[0] != batch or mask.shape[1] not in (past + length, length):
+        raise ValueError(
+            f"attention_mask must be [{batch}, {past + length}] (cached positions included), got {list(mask.shape)}"
+        )
+    keep = mask.detach().cpu().numpy() != 0
+    if past and length > 1 and mask.shape[1] == past + length and (keep[:, :past].sum(1) != state.valid).any():
+        raise ValueError(
+            "attention_mask hides or reveals positions that are cached already; what was cached cannot be changed"
+        )
+    labels[~keep[:, -length:]] = PADDING
+
+
+def branched_config(config: Any) -> Any:
+    """A copy of a decoder's config that selects `branched_attention`; the original, maybe shared, is left alone."""
+    branched = copy.copy(config)
+    branched._attn_implementation_internal = ATTENTION_NAME
+    return branched
+
+
+def refuse_unsupported(decoder: nn.Module, config: FMDConfig, attention: str) -> None:
+    """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
+    layer_types = getattr(decoder.config, "layer_types", None) or []
+    other = sorted(set(layer_types) - {"full_attention"})
+    if other:
+        kinds = ", ".join(other)
+        raise TypeError(f"{type(decoder).__name__} has layers of type {kinds}; only full attention is supported")
+    if not layer_types and getattr(decoder.config, "sliding_window", None):
+        window = decoder.config.sliding_window
+        raise TypeError(
+            f"{type(decoder).__name__} attends to a sliding window of {window}; only full attention is supported"
+        )
+    if getattr(decoder.config, "attn_logit_softcapping", None):
+        raise TypeError(f"{type(decoder).__name__} caps its attention logits, which is not supported")
+    for index, layer in enumerate(decoder.layers):
+        module = getattr(layer, attention, None)
+        if module is None or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
+            raise TypeError(
+                f"layer {index} of {type(decoder).__name__} has no attention module {attention!r} with config and "
+                "layer_idx, as transformers' decoders have"
+            )

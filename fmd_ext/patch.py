@@ -1,0 +1,269 @@
+"""`patch` and `unpatch`: fork-merge decoding on a model instance, and off again without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .adapters import Adapter, find_adapter
+from .config import FMDConfig
+from .decoder import (
+    ForkedDecoder,
+    MergeHook,
+    arguments_by_name,
+    branched_config,
+    check_labels,
+    refuse_gradients,
+    refuse_unsupported,
+)
+from .plan import StepPlan
+
+_ATTRIBUTE = "_fmd_handle"
+_OVERRIDES = "_fmd_overrides"
+
+
+class Handle:
+    """A patched model's settings and state; returned by `patch`.
+
+    Attributes:
+        config: the resolved `FMDConfig` in force.
+        adapter: the `Adapter` that serves the model.
+        last_plan: the `StepPlan` of the last forward call of the decoder, None before the first or with 0 fork layers.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, config: FMDConfig) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.config = config
+        self.entry = adapter.find_entry(model)
+        self.decoder = adapter.find_decoder(model)
+        self.token = uuid.uuid4().hex
+        self.plan: StepPlan | None = None
+        self.last_plan: StepPlan | None = None
+        self._labels: np.ndarray | None = None
+        self._restore: list[tuple[nn.Module, str, Any]] = []
+        self._hooks: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"fmd_ext.Handle({type(self.model).__name__}, {self.adapter.name}, {self.config})"
+
+    def unpatch(self) -> None:
+        """The same as `unpatch` on the model."""
+        unpatch(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """``with patch(model): ...`` unpatches at the end."""
+        self.unpatch()
+
+    @contextlib.contextmanager
+    def labels(self, modality_labels: Any) -> Iterator[None]:
+        """Within this context the calls' positions carry ``modality_labels`` [batch, length].
+
+        They are counted from the start of the sequence, cached positions included, as an attention mask is; positions
+        past their end are text. When ``generate`` repeats samples (beams, several sequences), labels repeat with them.
+        """
+        before, self._labels = self._labels, check_labels(modality_labels)
+        try:
+            yield
+        finally:
+            self._labels = before
+
+    def labels_for(self, batch: int) -> np.ndarray | None:
+        """The labels in force for a call of ``batch`` samples."""
+        if self._labels is None or len(self._labels) == batch:
+            return self._labels
+        if batch % len(self._labels):
+            raise ValueError(f"modality_labels are for {len(self._labels)} samples, the call has {batch}")
+        return self._labels.repeat(batch // len(self._labels), axis=0)
+
+    # --- installation -------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        try:
+            if self.config.fork_layers:
+                self._install_decoder()
+            if self.entry is not self.decoder:
+                self._override(self.entry, "forward", EntryForward)
+            if hasattr(self.entry, "generate"):
+                self._override(self.entry, "generate", EntryGenerate)
+            for module in {id(m): m for m in (self.model, self.entry)}.values():
+                self._set(module, _ATTRIBUTE, self)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install_decoder(self) -> None:
+        decoder = self.decoder
+        refuse_unsupported(decoder, self.config, self.adapter.attention)
+        fork_layers = self.config.fork_layers
+        self._override(decoder, "forward", ForkedDecoder)
+        config = branched_config(decoder.config)
+        self._set(decoder, "config", config)
+        for layer in decoder.layers:
+            attention = getattr(layer, self.adapter.attention)
+            own = config if attention.config is decoder.config else branched_config(attention.config)
+            self._set(attention, "config", own)
+        merge = MergeHook(self)
+        for module in (*decoder.layers[fork_layers:], decoder.norm):
+            self._hooks.append(module.register_forward_pre_hook(merge, with_kwargs=True))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module, name, value in reversed(self._restore):
+            if value is _Absent:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+        self._hooks, self._restore = [], []
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        self._restore.append((module, name, module.__dict__.get(name, _Absent)))
+        # Past nn.Module.__setattr__, which would take a handle's modules for children.
+        module.__dict__[name] = value
+
+    def _override(self, module: nn.Module, name: str, factory: Any) -> None:
+        """Puts a method of the same signature on the instance, never on the class."""
+        original = getattr(module, name)
+        overrides = module.__dict__.get(_OVERRIDES)
+        if overrides is None:
+            overrides = {}
+            self._set(module, _OVERRIDES, overrides)
+        overrides[name] = factory(self, original)
+
+        # Looked up through the module, so that a deep copy of a patched model runs its own replacement.
+        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.__dict__[_OVERRIDES][name](self, *args, **kwargs)
+
+        method.__name__ = name
+        method.__doc__ = getattr(original, "__doc__", None)
+        signature = inspect.signature(original)  # transformers inspects that of forward
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+        self._set(module, name, types.MethodType(method, module))
+
+
+class _Absent:
+    """Stands for an attribute that the instance did not have."""
+
+
+class _Entry:
+    """Replacement of ``forward`` or ``generate`` of the module that takes token ids."""
+
+    def __init__(self, handle: Handle, original: Any) -> None:
+        self.handle = handle
+        self.original = original
+        self.signature = inspect.signature(original)
+
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return arguments_by_name(self.signature, args, kwargs)
+
+    def labels(self, given: Any, from_ids: Any) -> contextlib.AbstractContextManager:
+        """The context with the labels given by hand, else those in force, else those read off the token ids."""
+        if given is None and self.handle._labels is None and self.handle.adapter.sources:
+            given = from_ids()
+        return contextlib.nullcontext() if given is None else self.handle.labels(given)
+
+
+class EntryForward(_Entry):
+    def __call__(self, module: nn.Module, *args: Any, modality_labels: Any = None, **kwargs: Any) -> Any:
+        if not self.handle.config.fork_layers:
+            return self.original(*args, **kwargs)
+        refuse_gradients(module)
+        call = self.arguments(args, kwargs)
+
+        def from_ids() -> torch.Tensor | None:
+            ids, cache = call.get("input_ids"), call.get("past_key_values")
+            if ids is None:
+                return None
+            labels = self.handle.adapter.labels_of(self.handle.model, ids, call)
+            return labels if labels is None or cache is None else _shifted(labels, cache.get_seq_length())
+
+        with torch.no_grad(), self.labels(modality_labels, from_ids):
+            return self.original(*args, **kwargs)
+
+
+class EntryGenerate(_Entry):
+    """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
+
+    def __call__(self, module: nn.Module, *args: Any, modality_labels: Any = None, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+
+        def from_ids() -> torch.Tensor | None:
+            ids = next((v for v in (call.get("input_ids"), call.get("inputs")) if v is not None), None)
+            if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+                return None
+            labels = self.handle.adapter.labels_of(self.handle.model, ids)
+            cache = call.get("past_key_values")
+            mask = call.get("attention_mask")
+            # As transformers decides it: ids shorter than the mask are the new ones only.
+            only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
+            return _shifted(labels, cache.get_seq_length()) if only_new else labels
+
+        with self.labels(modality_labels, from_ids):
+            return self.original(*args, **kwargs)
+
+
+def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:
+    """Labels behind ``past`` cached positions, whose labels no longer matter."""
+    return torch.cat([labels.new_zeros((labels.shape[0], past)), labels], dim=1) if past else labels
+
+
+def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | Adapter | None = None, **overrides: Any):
+    """Switches fork-merge decoding on for ``model`` (this instance only).
+
+    Args:
+        model: a supported transformers model: see ``fmd_ext.adapters.ADAPTERS``. The full Qwen2.5-Omni is patched in
+            its thinker.
+        config: settings; fields left at None take the model's defaults.
+        adapter: an adapter or its name, where the model's own type does not say. ``"text"`` serves any Llama- or
+            Qwen-like decoder; labels are then passed as ``modality_labels`` to ``forward`` or ``generate``.
+        **overrides: fields of `FMDConfig` that replace those of ``config``.
+
+    Returns:
+        A `Handle`. Patching again with equal settings returns the handle in force.
+
+    Raises:
+        TypeError: an unsupported model, or a setting of the wrong type.
+        ValueError: a setting out of range, or a model that is patched already with other settings. The model is left
+            as it was.
+    """
+    chosen = find_adapter(model, adapter)
+    decoder = chosen.find_decoder(model)
+    resolved = (config or FMDConfig()).replace(**overrides).resolve(chosen.defaults, len(decoder.layers))
+    current = handle_of(model)
+    if current is not None:
+        if current.config == resolved and current.adapter == chosen:
+            return current
+        raise ValueError(f"the model is patched already, with {current.config}; unpatch it first")
+    handle = Handle(model, chosen, resolved)
+    handle.install()
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Restores the model as it was before `patch`. Raises ValueError when it is not patched."""
+    handle = handle_of(model)
+    if handle is None:
+        raise ValueError(f"this {type(model).__name__} is not patched")
+    handle.remove()
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a patched model, of the full model or of its patched part; None when it is not patched."""
+    own = model.__dict__.get(_ATTRIBUTE)
+    if own is not None:
+        return own
+    parts = (module.__dict__.get(_ATTRIBUTE) for module in model.modules())
+    return next((handle for handle in parts if handle is not None), None)

@@ -1,0 +1,179 @@
+"""Fork-merge decoding in plain PyTorch on an unpatched model: two full passes, no cache, one sample at a time.
+
+Slow and obvious. Everything else in the package is tested against it; it imports nothing that it checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import AUDIO, PADDING, TEXT, VISUAL, find_adapter
+from .config import FMDConfig
+
+
+@torch.no_grad()
+def reference_hidden(
+    decoder: nn.Module,
+    config: FMDConfig,
+    inputs_embeds: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    hidden_states: bool = False,
+) -> torch.Tensor | list[torch.Tensor]:
+    """The decoder's output, after the final norm, for a padded batch.
+
+    Args:
+        decoder: an unpatched text decoder (``layers``, ``norm``, ``rotary_emb``).
+        config: resolved settings.
+        inputs_embeds: [batch, length, hidden].
+        labels: [batch, length] of -1 padding, 0 text, 1 visual, 2 audio.
+        position_ids: [batch, length], [3, batch, length] (M-RoPE) or [4, batch, length] (text positions first).
+        hidden_states: return the input of every layer instead, as `output_hidden_states` does: before the merge each
+            position's own branch (text: the visual branch), then the merged states; last the normed output.
+
+    Returns:
+        [batch, length, hidden], zero at padding; or a list of num_layers + 1 such tensors.
+    """
+    batch, length, _ = inputs_embeds.shape
+    if position_ids is None:
+        position_ids = torch.arange(length, device=inputs_embeds.device).expand(batch, length)
+    if position_ids.dim() == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[1:]
+    if position_ids.dim() == 2 and hasattr(decoder.rotary_emb, "mrope_section"):
+        position_ids = position_ids.expand(3, *position_ids.shape)
+    position_ids = position_ids.expand(*position_ids.shape[:-2], batch, length)
+    samples = []
+    for b in range(batch):
+        keep = labels[b] != PADDING
+        states = _sample(
+            decoder, config, inputs_embeds[b : b + 1, keep], labels[b, keep], position_ids[..., b : b + 1, keep]
+        )
+        padded = inputs_embeds.new_zeros((len(states), length, inputs_embeds.shape[-1]))
+        padded[:, keep] = torch.cat(states)
+        samples.append(padded)
+    stacked = torch.stack(samples, dim=1)  # [states, batch, length, hidden]
+    return list(stacked) if hidden_states else stacked[-1]
+
+
+def _sample(
+    decoder: nn.Module, config: FMDConfig, embeds: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
+) -> list[torch.Tensor]:
+    """All hidden states [1, length, hidden] of one sample without padding."""
+    rotary = decoder.rotary_emb(embeds, position_ids)
+    length = embeds.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
+    forks = bool((labels == VISUAL).any() and (labels == AUDIO).any()) and config.fork_layers > 0
+
+    def layer(index: int, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(length, length, dtype=embeds.dtype, device=embeds.device)
+        mask.masked_fill_(~visible, torch.finfo(embeds.dtype).min)
+        return decoder.layers[index](hidden, attention_mask=mask[None, None], position_embeddings=rotary)
+
+    if not forks:
+        states = [embeds]
+        for index in range(len(decoder.layers)):
+            states.append(layer(index, states[-1], causal))
+        states[-1] = decoder.norm(states[-1])
+        return states
+
+    visual_branch, audio_branch = embeds.clone(), embeds.clone()
+    sees_visual = sees_audio = causal
+    if config.masking == "zero":
+        visual_branch[:, labels == AUDIO] *= config.mask_scale
+        audio_branch[:, labels == VISUAL] *= config.mask_scale
+    else:
+        sees_visual = causal & (labels != AUDIO)[None, :]
+        sees_audio = causal & (labels != VISUAL)[None, :]
+        # A masked position's own row is never used; it sees itself so that no row of the softmax is empty.
+        eye = torch.eye(length, dtype=torch.bool, device=embeds.device)
+        sees_visual, sees_audio = sees_visual | eye, sees_audio | eye
+
+    def home(visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+        return torch.where((labels == AUDIO)[None, :, None], audio, visual)
+
+    states = [embeds]
+    for index in range(config.fork_layers):
+        visual_branch = layer(index, visual_branch, sees_visual)
+        audio_branch = layer(index, audio_branch, sees_audio)
+        states.append(home(visual_branch, audio_branch))
+
+    states[-1] = merge(config, labels, visual_branch, audio_branch)
+    for index in range(config.fork_layers, len(decoder.layers)):
+        states.append(layer(index, states[-1], causal))
+    states[-1] = decoder.norm(states[-1])
+    return states
+
+
+def merge(config: FMDConfig, labels: torch.Tensor, visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+    """Token-wise fusion of the branches' hidden states [1, length, hidden], position by position."""
+    text_weight, alpha_visual, alpha_audio = config.merge_weights
+    weight = torch.empty(labels.shape, dtype=torch.float32, device=visual.device)  # of the visual branch
+    weight[labels == TEXT] = text_weight
+    weight[labels == VISUAL] = 1.0 if config.masking == "attention" else alpha_visual
+    weight[labels == AUDIO] = 0.0 if config.masking == "attention" else 1.0 - alpha_audio
+    first_av = int((labels != TEXT).nonzero()[0])
+    weight[:first_av] = 1.0  # the prefix is the same in both branches
+    weight = weight[None, :, None]
+    return (weight * visual.float() + (1.0 - weight) * audio.float()).to(visual.dtype)
+
+
+@torch.no_grad()
+def decoder_inputs(model: nn.Module, adapter: Any = None, **inputs: Any) -> dict[str, Any]:
+    """What an unpatched model hands to its text decoder for ``inputs``, and the modality labels.
+
+    Returns a dict with ``inputs_embeds``, ``position_ids`` (or None) and ``labels`` [batch, length].
+    """
+    chosen = find_adapter(model, adapter)
+    caught: dict[str, Any] = {}
+    hook = chosen.find_decoder(model).register_forward_pre_hook(
+        lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
+    )
+    try:
+        chosen.find_entry(model)(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    embeds, mask = caught["inputs_embeds"], inputs.get("attention_mask")
+    labels = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    if inputs.get("input_ids") is not None:
+        found = chosen.labels_of(model, inputs["input_ids"], inputs)
+        labels = labels if found is None else found.long()
+    if mask is not None:
+        labels = labels.masked_fill(mask == 0, PADDING)
+    return {"inputs_embeds": embeds, "position_ids": caught.get("position_ids"), "labels": labels}
+
+
+@torch.no_grad()
+def reference_logits(model: nn.Module, config: FMDConfig, *, adapter: Any = None, **inputs: Any) -> torch.Tensor:
+    """Logits [batch, length, vocabulary] of fork-merge decoding for the ``inputs`` of a plain forward call."""
+    chosen = find_adapter(model, adapter)
+    given = decoder_inputs(model, adapter, **inputs)
+    hidden = reference_hidden(chosen.find_decoder(model), config, **given)
+    return chosen.find_entry(model).get_output_embeddings()(hidden)
+
+
+@torch.no_grad()
+def reference_generate(
+    model: nn.Module, config: FMDConfig, max_new_tokens: int, *, adapter: Any = None, **inputs: Any
+) -> torch.Tensor:
+    """Greedy tokens [batch, max_new_tokens], every step a full recompute; no end-of-sequence handling.
+
+    Left padding only: the last column must be a real position in every sample.
+    """
+    chosen = find_adapter(model, adapter)
+    entry, decoder = chosen.find_entry(model), chosen.find_decoder(model)
+    given = decoder_inputs(model, adapter, **inputs)
+    embeds, positions, labels = given["inputs_embeds"], given["position_ids"], given["labels"]
+    if positions is None:
+        positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    tokens = []
+    for _ in range(max_new_tokens):
+        hidden = reference_hidden(decoder, config, embeds, labels, positions)
+        token = entry.get_output_embeddings()(hidden[:, -1]).argmax(-1)
+        tokens.append(token)
+        embeds = torch.cat([embeds, decoder.get_input_embeddings()(token)[:, None]], dim=1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+        labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), TEXT)], dim=1)
+    return torch.stack(tokens, dim=1)
