@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import compat
+
+if TYPE_CHECKING:
+    from .config import FMDConfig
+    from .patching import Handle, handle_of, patch, unpatch
 
 compat.mend_torchvision()  # before anything imports transformers' models
 
-from .config import FMDConfig  # noqa: E402
-from .patch import Handle, handle_of, patch, unpatch  # noqa: E402
-
 __all__ = ["FMDConfig", "Handle", "handle_of", "patch", "unpatch"]
 __version__ = "0.1.0"
+
+# Imported when first used: `fmd-ext doctor` must be able to say why the op library does not load.
+_HOMES = {"FMDConfig": "config", **dict.fromkeys(("Handle", "handle_of", "patch", "unpatch"), "patching")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

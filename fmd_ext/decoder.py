@@ -23,7 +23,7 @@ from .config import FMDConfig
 from .plan import StepPlan
 
 if TYPE_CHECKING:
-    from .patch import Handle
+    from .patching import Handle
 
 ATTENTION_NAME = "fmd_ext"
 

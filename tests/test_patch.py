@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -291,3 +293,12 @@ def test_low_precision_errs_no_more_than_plain_pytorch(dtype, masking):
     fmd_ext.patch(model, config)
     ours = (model(**inputs).logits[keep].float() - exact).abs()
     assert ours.mean() <= 2 * plain.mean() and ours.max() <= 2 * plain.max()
+
+
+def test_importing_is_light_and_names_are_the_functions():
+    """`fmd-ext doctor` can then say why an op library does not load; a submodule never hides a function."""
+    code = (
+        "import sys, fmd_ext; assert 'fmd_ext.ops' not in sys.modules; import fmd_ext.decoder, fmd_ext.patching; "
+        "assert callable(fmd_ext.patch) and callable(fmd_ext.unpatch) and 'patch' in dir(fmd_ext)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

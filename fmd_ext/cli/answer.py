@@ -1,0 +1,104 @@
+"""One answer of one model: the text, and how long it took."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import torch
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+import fmd_ext
+from fmd_ext.cli.errors import UserError, blaming_input
+from fmd_ext.cli.models import LoadedModel
+from fmd_ext.config import FMDConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Text and timing. ``first_token_s``: from the call to the first token; ``tokens_per_s``: of those after it."""
+
+    text: str
+    num_tokens: int
+    first_token_s: float
+    tokens_per_s: float | None  # None for a single token
+
+
+def generate(
+    loaded: LoadedModel,
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    *,
+    stream_to: TextIO | None = None,
+    exactly: bool = False,
+) -> Answer:
+    """Greedy decoding of one prompt. ``exactly``: go on after the end of the answer, for timings of equal length."""
+    length = inputs["input_ids"].shape[1]
+    clock = _Clock(loaded.processor.tokenizer, stream_to)
+    least = {"min_new_tokens": max_new_tokens} if exactly else {}
+    start = time.perf_counter()
+    ids = loaded.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=clock, **least)
+    new = ids[0, length:]
+    after_first = clock.times[-1] - clock.times[0]
+    return Answer(
+        text=loaded.processor.tokenizer.decode(new, skip_special_tokens=True),
+        num_tokens=len(new),
+        first_token_s=clock.times[0] - start,
+        tokens_per_s=(len(clock.times) - 1) / after_first if after_first > 0 else None,
+    )
+
+
+@contextlib.contextmanager
+def patched(loaded: LoadedModel, config: FMDConfig) -> Iterator[FMDConfig]:
+    """Fork-merge decoding within this context; gives the settings in force."""
+    with blaming_input(ValueError, TypeError):
+        handle = fmd_ext.patch(loaded.model, config)
+    try:
+        yield handle.config
+    finally:
+        fmd_ext.unpatch(loaded.model)
+
+
+def config_from(args: argparse.Namespace) -> FMDConfig:
+    """The settings given on the command line. Raises UserError for a value out of range."""
+    with blaming_input(ValueError, TypeError):
+        return FMDConfig(args.fork_layers, args.masking, args.mask_scale, args.alpha, args.text_weight)
+
+
+def check_context(loaded: LoadedModel, inputs: dict[str, Any], max_new_tokens: int) -> None:
+    """Raises UserError when prompt and answer do not fit into the model's context."""
+    prompt, limit = inputs["input_ids"].shape[1], loaded.context_limit
+    if limit is not None and prompt + max_new_tokens > limit:
+        raise UserError(
+            f"clip and question take {prompt} tokens and the answer up to {max_new_tokens} more, the model's limit is "
+            f"{limit}: lower --max-frames, --fps, --max-frame-pixels or --max-new-tokens"
+        )
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token comes, and passes it on to be printed."""
+
+    def __init__(self, tokenizer: Any, stream_to: TextIO | None) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+        self._printer = None
+        if stream_to is not None:
+            self._printer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self._printer.on_finalized_text = lambda text, stream_end=False: print(
+                text, end="\n" if stream_end else "", flush=True, file=stream_to
+            )
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter())
+        self._prompt_seen = True
+        if self._printer is not None:
+            self._printer.put(value)
+
+    def end(self) -> None:
+        if self._printer is not None:
+            self._printer.end()

@@ -1,0 +1,66 @@
+"""``fmd-ext ask``: one question about one clip."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from fmd_ext.chat import prepare_inputs, to_device
+from fmd_ext.cli import show
+from fmd_ext.cli.answer import Answer, check_context, config_from, generate, patched
+from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
+from fmd_ext.cli.models import LoadedModel, load_model
+from fmd_ext.media import Clip, MediaError, load_clip
+
+SMALLEST_FRAME = 128 * 28 * 28  # pixels: the least that Qwen2.5-Omni's processor scales a frame to
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.question.strip():
+        raise UserError("the question is empty")
+    config = config_from(args)
+    clip = read_clip(args)
+    loaded = load_model(args.model, args.dtype, args.device)
+    if loaded.is_random:
+        show.note("this model's weights are random: its words mean nothing")
+    inputs = inputs_for(loaded, clip, args)
+    check_context(loaded, inputs, args.max_new_tokens)
+    if args.vanilla:
+        generate(loaded, inputs, args.max_new_tokens, stream_to=sys.stdout)
+        return 0
+    if clip.missing:
+        show.note(f"the clip has no {clip.missing}, so nothing is forked: the answer is the model's own")
+
+    answers: dict[str, Answer] = {}
+    if args.compare:
+        answers["vanilla"] = generate(loaded, inputs, args.max_new_tokens)
+    with patched(loaded, config) as settings:
+        if not settings.fork_layers:
+            show.note("nothing is forked with --fork-layers 0: the answer is the model's own")
+        stream_to = None if args.compare else sys.stdout
+        answers["fork-merge decoding"] = generate(loaded, inputs, args.max_new_tokens, stream_to=stream_to)
+    if args.compare:
+        console = Console()
+        num_layers = loaded.model.config.get_text_config().num_hidden_layers
+        print(f"fork-merge decoding: {show.describe(settings, num_layers)}")
+        show.side_by_side(console, answers)
+        show.timings(console, answers, "one run each")
+    return 0
+
+
+def read_clip(args: argparse.Namespace) -> Clip:
+    with blaming_input(MediaError, FileNotFoundError, IsADirectoryError, PermissionError):
+        return load_clip(args.clip, fps=args.fps, max_frames=args.max_frames)
+
+
+def inputs_for(loaded: LoadedModel, clip: Clip, args: argparse.Namespace) -> dict[str, Any]:
+    pixels = args.max_frame_pixels
+    frame_pixels = None if pixels is None else (min(pixels, SMALLEST_FRAME), pixels)
+    with notes_from_warnings(), blaming_input(ValueError):
+        inputs = prepare_inputs(
+            loaded.processor, clip, args.question, use_audio_in_video=args.interleaved, frame_pixels=frame_pixels
+        )
+    return to_device(inputs, loaded.model.device)

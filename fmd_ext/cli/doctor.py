@@ -1,0 +1,200 @@
+"""``fmd-ext doctor``: what is installed, which code each op runs here and why, and what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SUPPORTED_TORCH = (2, 10)
+SUPPORTED_TRANSFORMERS = (5, 17)
+PACKAGES = ("torch", "transformers", "torchvision", "tokenizers", "av", "numpy")
+
+
+def run(args: argparse.Namespace) -> int:
+    report = examine()
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 1 if report["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """All facts, as JSON would hold them. ``problems`` keep the extension from running, ``warnings`` do not."""
+    report: dict[str, Any] = {"problems": [], "warnings": []}
+    report["versions"] = _versions(report)
+    report["cpu"] = {
+        "model": _cpu_model(),
+        "machine": platform.machine(),
+        "torch_sees": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+    report["gpus"] = [
+        {
+            "name": device.name,
+            "memory_gib": round(device.total_memory / 2**30, 1),
+            "capability": f"{device.major}.{device.minor}",
+        }
+        for device in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    report["torch_cuda"] = torch.version.cuda
+    report["build"] = _build(report)
+    report["libraries"] = _libraries(report)
+    report["ops"] = _ops(report) if not report["problems"] else []
+    return report
+
+
+def _versions(report: dict[str, Any]) -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("fmd-ext", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    if versions["fmd-ext"] is None:  # imported from its sources
+        import fmd_ext
+
+        versions["fmd-ext"] = f"{fmd_ext.__version__} (not installed, run from {Path(fmd_ext.__file__).parent})"
+    versions["torch"] = torch.__version__  # with the +cpu or +cu130 that the metadata may lack
+    for package, least in (("torch", SUPPORTED_TORCH), ("transformers", SUPPORTED_TRANSFORMERS)):
+        wanted = ".".join(map(str, least))
+        if versions[package] is None:
+            report["problems"].append(f"{package} is not installed; {wanted} or newer is needed")
+        elif tuple(int(part) for part in versions[package].split(".")[:2]) < least:
+            report["problems"].append(f"{package} {versions[package]} is too old; {wanted} or newer is needed")
+    if versions["torchvision"] is None:
+        report["warnings"].append(
+            "torchvision is not installed, and transformers needs it for video: pip install 'fmd-ext[omni]'"
+        )
+    if versions["av"] is None:
+        report["warnings"].append("PyAV (package av) is not installed: clips cannot be read")
+    from fmd_ext.compat import mend_torchvision
+
+    if mend_torchvision() == "declared":
+        versions["torchvision"] = f"{versions['torchvision']} (its own ops do not load beside this torch; mended)"
+    return versions
+
+
+def _build(report: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        from fmd_ext import _core
+    except ImportError as error:
+        report["problems"].append(f"the planner module fmd_ext._core cannot be imported: {_one_line(error)}")
+        return None
+    return dict(_core.build_info())
+
+
+def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
+    from fmd_ext import _library
+
+    try:
+        found = _library.load()
+    except (ImportError, ValueError, OSError) as error:
+        report["problems"].append(_one_line(error))
+        return []
+    if torch.cuda.is_available() and not found["cuda"].loaded:
+        report["warnings"].append(f"there is a GPU, but the ops run on the CPU only: {found['cuda'].reason}")
+    return [
+        {"device": lib.device, "path": str(lib.path), "loaded": lib.loaded, "reason": lib.reason}
+        for lib in found.values()
+    ]
+
+
+def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every op on every device: the code that runs, why that one, and how far a small result is from plain PyTorch."""
+    from fmd_ext import _library
+    from fmd_ext.cli import selftest
+
+    isa, isas = _library.cpu_isa(), _library.cpu_isas()
+    asked = os.environ.get("FMD_EXT_CPU_ISA")
+    why = (
+        f"FMD_EXT_CPU_ISA={asked}" if asked and asked != "auto" else f"the best of {', '.join(isas)} that this CPU runs"
+    )
+    devices = [("cpu", f"csrc/cpu, {isa}", why)]
+    copies = {("append_", "cpu"): ("csrc/cpu, plain copy", "it only moves bytes")}
+    cuda = _library.load()["cuda"]
+    if cuda.loaded and torch.cuda.is_available():
+        devices.append(("cuda", "csrc/cuda", f"{cuda.path.name} is loaded"))
+    else:
+        reason = cuda.reason or "torch sees no CUDA device"
+        devices.append(("cuda", None, reason))
+
+    ops = []
+    for device, path, reason in devices:
+        errors = selftest.errors(torch.device(device)) if path is not None else {}
+        for name in selftest.CHECKS:
+            used, because = copies.get((name, device), (path, reason))
+            entry: dict[str, Any] = {"op": name, "device": device, "path": used, "why": because}
+            if path is not None:
+                outcome = errors[name]
+                entry["check"] = outcome if isinstance(outcome, str) else f"{outcome:.1e}"
+                if isinstance(outcome, str):
+                    report["problems"].append(f"{name} on {device} fails: {outcome}")
+                elif not outcome <= selftest.TOLERANCE:
+                    report["problems"].append(f"{name} on {device} gives a wrong result, off by {entry['check']}")
+            ops.append(entry)
+    return ops
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _print(report: dict[str, Any]) -> None:
+    def section(title: str, rows: list[tuple[str, Any]]) -> None:
+        print(title)
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            print(f"  {name:<{width}}  {value}")
+
+    section("versions", [(name, version or "not installed") for name, version in report["versions"].items()])
+    cpu, gpus = report["cpu"], report["gpus"]
+    cores = f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"
+    machine = [("cpu", f"{cpu['model']} ({cpu['machine']}), {cores}"), ("torch's cpu path", cpu["torch_sees"])]
+    for gpu in gpus:
+        machine.append(("gpu", f"{gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['capability']}"))
+    if not gpus:
+        machine.append(("gpu", f"none that torch sees (torch's CUDA: {report['torch_cuda'] or 'none'})"))
+    section("machine", machine)
+    if report["build"]:
+        section("build", [(name, _plain(value)) for name, value in report["build"].items() if value not in ("", [])])
+    section("op libraries", [(lib["device"], _library_line(lib)) for lib in report["libraries"]])
+    section("ops", [(f"{op['op']} ({op['device']})", _op_line(op)) for op in report["ops"]])
+    for warning in report["warnings"]:
+        print(f"warning: {warning}")
+    for problem in report["problems"]:
+        print(f"problem: {problem}")
+    if not report["problems"]:
+        print("all is well: the extension can run")
+
+
+def _library_line(library: dict[str, Any]) -> str:
+    return library["path"] if library["loaded"] else f"not loaded: {library['reason']}"
+
+
+def _op_line(op: dict[str, Any]) -> str:
+    if op["path"] is None:
+        return f"no implementation: {op['why']}"
+    return f"{op['path']}: {op['why']}; differs from plain PyTorch by {op['check']}"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

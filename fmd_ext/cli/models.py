@@ -1,0 +1,124 @@
+"""Loads a model and its processor, from a folder, the hub, or nothing at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from fmd_ext.adapters import find_adapter
+from fmd_ext.cli.errors import UserError, blaming_input
+from fmd_ext.tiny import RANDOM_MARK, save_random_model
+
+# The class that answers in text, by the configuration's model_type. Of the full Qwen2.5-Omni only the thinker is
+# loaded: the talker and the speech decoder would take memory for nothing.
+MODEL_CLASSES = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode with its processor; ``is_random``: its weights were never trained."""
+
+    model: Any
+    processor: Any
+    name: str
+    is_random: bool
+
+    @property
+    def context_limit(self) -> int | None:
+        """Positions that the text decoder was made for."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(source: str | None, dtype: str = "auto", device: str = "auto", seed: int = 0) -> LoadedModel:
+    """Loads ``source`` (folder or hub name), or makes the built-in model with random weights when it is None.
+
+    Raises UserError for a model that is not there, is not supported, or lacks weights, and for an unusable device.
+    """
+    target = _device(device)
+    if importlib.util.find_spec("torchvision") is None:
+        raise UserError(
+            "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
+        )
+    if source is not None:
+        if _is_path(source) and not Path(source).is_dir():
+            raise UserError(f"model {source}: there is no such folder")
+        return _load(source, source, dtype, target)
+    with tempfile.TemporaryDirectory(prefix="fmd_ext_") as folder, _no_progress_bars():
+        save_random_model(Path(folder), seed)
+        return _load(folder, f"built-in model, random weights (seed {seed})", dtype, target)
+
+
+def _load(source: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
+    with blaming_input(OSError, ValueError, prefix=f"model {name}: "):
+        config = transformers.AutoConfig.from_pretrained(source)
+    if config.model_type not in MODEL_CLASSES:
+        raise UserError(
+            f"model {name} is of type {config.model_type!r}; supported types are {', '.join(sorted(MODEL_CLASSES))}"
+        )
+    with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
+        processor = transformers.AutoProcessor.from_pretrained(source)
+    model_class = getattr(transformers, MODEL_CLASSES[config.model_type])
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
+        model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"the weights of {name} lack {len(missing)} tensors, among them {missing[0]}")
+    find_adapter(model)  # a class that we load is one that we can patch
+    return LoadedModel(model.eval().to(device), processor, name, bool(getattr(config, RANDOM_MARK, False)))
+
+
+def _is_path(source: str) -> bool:
+    """A hub name is ``owner/name`` or ``name``."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        from fmd_ext import _library
+
+        return torch.device("cuda" if torch.cuda.is_available() and _library.load()["cuda"].loaded else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device {name!r}: accepted are auto, cpu, cuda and cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: torch {torch.__version__} sees no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """transformers lists every tensor of the talker that the thinker does not take; we report what is missing."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The built-in model is there in less than a second."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

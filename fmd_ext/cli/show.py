@@ -1,0 +1,70 @@
+"""What is printed: tables for people, on stdout; notes on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fmd_ext.cli.answer import Answer
+from fmd_ext.config import FMDConfig
+from fmd_ext.diagnose import AttentionShare
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def describe(config: FMDConfig, num_layers: int) -> str:
+    """The settings in force, in one line; those without effect are left out."""
+    parts = [f"{config.fork_layers} of {num_layers} layers forked", f"masking {config.masking}"]
+    if config.masking == "zero":
+        parts += [f"mask scale {config.mask_scale:g}", f"alpha {_weights(config.alpha)}"]
+    return ", ".join([*parts, f"text weight {config.text_weight:g}"])
+
+
+def side_by_side(console: Console, answers: dict[str, Answer]) -> None:
+    table = Table(title="answers", title_justify="left", show_lines=True)
+    for name in answers:
+        table.add_column(name, ratio=1, overflow="fold")
+    # Text, not a string: an answer may hold what rich takes for markup.
+    table.add_row(*(Text(answer.text) for answer in answers.values()))
+    console.print(table)
+
+
+def timings(console: Console, answers: dict[str, Answer], how: str) -> None:
+    """``how``: what the numbers are of, such as "one run each"."""
+    table = Table(title=f"timings, {how}", title_justify="left")
+    table.add_column("")
+    table.add_column("first token", justify="right")
+    table.add_column("tokens/s after it", justify="right")
+    table.add_column("tokens", justify="right")
+    for name, answer in answers.items():
+        rate = "-" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}"
+        table.add_row(name, f"{answer.first_token_s * 1000:.0f} ms", rate, str(answer.num_tokens))
+    console.print(table)
+
+
+def attention(console: Console, shares: dict[str, AttentionShare]) -> None:
+    """Where the last question token looks: the mean over all layers, and that over the layers of each branch."""
+    table = Table(title="attention of the last question token, mean over heads and layers", title_justify="left")
+    table.add_column("")
+    for name in ("layers", "video", "audio", "text"):
+        table.add_column(name, justify="right")
+    for name, share in shares.items():
+        for branch in (None, *(share.branches if share.branches != ("all",) else ())):
+            layers = sorted({layer.layer for layer in share.layers if branch in (None, layer.branch)})
+            span = f"{layers[0] + 1}" if len(layers) == 1 else f"{layers[0] + 1}-{layers[-1] + 1}"
+            mean = share.mean(branch)
+            title = name if branch is None else f"  {_BRANCH_TITLES[branch]}"
+            table.add_row(title, span, *(f"{mean[modality]:.1%}" for modality in ("visual", "audio", "text")))
+    console.print(table)
+
+
+_BRANCH_TITLES = {"visual": "visual branch", "audio": "audio branch", "all": "merged"}
+
+
+def _weights(alpha: float | dict[str, float]) -> str:
+    return f"{alpha:g}" if isinstance(alpha, float) else ", ".join(f"{name} {value:g}" for name, value in alpha.items())
