@@ -31,8 +31,7 @@ class CMakeBuild(build_ext):
         settings = [f"-D{key}={value}" for key, value in definitions.items()]
         self.cmake([cmake, "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", build, *settings], "configure")
         self.cmake([cmake, "--build", build, "--parallel", jobs], "compile")
-        # An earlier build with other settings must leave nothing behind in the package, and a library in use must not be
-        # written over.
+        # An earlier build with other settings must leave nothing behind here, and a library in use is not written over.
         shutil.rmtree(target / "fmd_ext" / "lib", ignore_errors=True)
         (target / self.get_ext_filename("fmd_ext._core")).unlink(missing_ok=True)
         self.cmake([cmake, "--install", build, "--prefix", str(target)], "install")

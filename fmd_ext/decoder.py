@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,8 @@ from transformers.modeling_outputs import ModelOutput
 from . import ops
 from .adapters import AUDIO, PADDING, TEXT, VISUAL
 from .cache import adopt
-from .config import FMDConfig
 from .plan import StepPlan
-
-if TYPE_CHECKING:
-    from .patching import Handle
+from .session import Session, check_labels
 
 ATTENTION_NAME = "fmd_ext"
 
@@ -77,11 +74,11 @@ AttentionInterface.register(ATTENTION_NAME, branched_attention)
 class MergeHook:
     """Forward pre-hook of the layers after the fork: merges once, then keeps the home rows of every argument."""
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        plan = self.handle.plan
+        plan = self.session.plan
         if plan is None or plan.num_away == 0:
             return None
         rows, home = plan.num_rows, plan.num_home
@@ -105,7 +102,7 @@ class MergeHook:
 
     def _merge(self, hidden: torch.Tensor, plan: StepPlan) -> None:
         tensors, device = plan.tensors, hidden.device
-        weights = torch.tensor(self.handle.config.merge_weights, dtype=torch.float32, device=device)
+        weights = torch.tensor(self.session.config.merge_weights, dtype=torch.float32, device=device)
         ops.merge_(
             hidden[0],
             tensors.get("home_rows", device),
@@ -117,8 +114,8 @@ class MergeHook:
 class ForkedDecoder:
     """Runs a text decoder's own forward on packed rows. One per patched decoder."""
 
-    def __init__(self, handle: Handle, original: Any) -> None:
-        self.handle = handle
+    def __init__(self, session: Session, original: Any) -> None:
+        self.session = session
         self.original = original
         self.signature = inspect.signature(original)
 
@@ -134,20 +131,20 @@ class ForkedDecoder:
         past = 0 if given is None else given.get_seq_length()
         self._check_length(decoder, past + embeds.shape[1])
         labels, announced = self._labels(embeds, past, call.pop("modality_labels", None))
-        cache, state = adopt(given, self.handle.token, self.handle.config, len(decoder.layers))
+        cache, state = adopt(given, self.session.token, self.session.config, len(decoder.layers))
         _apply_padding(labels, mask, past, state)
         plan = state.make_plan(labels, announced)
         call["inputs_embeds"] = self._pack_embeds(embeds, plan)
         call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
         call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
 
-        state.plan = self.handle.plan = plan
+        state.plan = self.session.plan = plan
         try:
             out = self.original(**call)
         finally:
-            state.plan = self.handle.plan = None
+            state.plan = self.session.plan = None
         state.commit()
-        self.handle.last_plan = plan
+        self.session.last_plan = plan
         out = self._unpack(out, plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
@@ -175,7 +172,7 @@ class ForkedDecoder:
     def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
         batch, length = embeds.shape[:2]
-        whole = self.handle.labels_for(batch) if given is None else check_labels(given, batch)
+        whole = self.session.labels_for(batch) if given is None else check_labels(given, batch)
         labels = np.full((batch, length), TEXT, np.int8)
         if whole is None or whole.shape[1] <= past:
             return labels, None
@@ -191,9 +188,9 @@ class ForkedDecoder:
         if plan.num_away == 0 and plan.is_dense:
             return flat[None]
         packed = flat.index_select(0, plan.tensors.get("positions", flat.device))
-        if plan.num_away and self.handle.config.masking == "zero":
+        if plan.num_away and self.session.config.masking == "zero":
             masked = plan.tensors.get("away_modality", flat.device) != TEXT
-            packed[plan.num_home :].mul_(torch.where(masked, self.handle.config.mask_scale, 1.0)[:, None].to(packed))
+            packed[plan.num_home :].mul_(torch.where(masked, self.session.config.mask_scale, 1.0)[:, None].to(packed))
         return packed[None]
 
     def _pack_positions(self, given: Any, embeds: torch.Tensor, plan: StepPlan, past: int) -> torch.Tensor:
@@ -242,21 +239,6 @@ def unpack_rows(rows: torch.Tensor | None, plan: StepPlan) -> torch.Tensor | Non
     return padded.view(plan.batch, plan.length, -1)
 
 
-def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
-    """Modality labels as int8 numpy [batch, length]. Raises TypeError or ValueError saying what is accepted."""
-    accepted = "modality_labels must be whole numbers [batch, length]: 0 text, 1 visual, 2 audio, -1 padding"
-    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{accepted}; got dtype {array.dtype}")
-    if array.ndim != 2 or (batch is not None and array.shape[0] != batch):
-        expected = "" if batch is None else f" (batch {batch})"
-        raise ValueError(f"{accepted}; got shape {list(array.shape)}{expected}")
-    unknown = np.setdiff1d(array, (PADDING, TEXT, VISUAL, AUDIO))
-    if unknown.size:
-        raise ValueError(f"{accepted}; got {unknown[:5].tolist()}")
-    return array.astype(np.int8)
-
-
 def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None:
     """Marks positions that the 2D attention mask [batch, past + length] (or [batch, length]) leaves out."""
     if mask is None:
@@ -284,7 +266,7 @@ def branched_config(config: Any) -> Any:
     return branched
 
 
-def refuse_unsupported(decoder: nn.Module, config: FMDConfig, attention: str) -> None:
+def refuse_unsupported(decoder: nn.Module, attention: str) -> None:
     """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
     layer_types = getattr(decoder.config, "layer_types", None) or []
     other = sorted(set(layer_types) - {"full_attention"})

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from .adapters import Adapter, find_adapter
 from .config import FMDConfig
-from .decoder import (
-    ForkedDecoder,
-    MergeHook,
-    arguments_by_name,
-    branched_config,
-    check_labels,
-    refuse_gradients,
-    refuse_unsupported,
-)
+from .decoder import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
+from .entry import EntryForward, EntryGenerate, ReadLabels
 from .plan import StepPlan
+from .session import Session
 
 _ATTRIBUTE = "_fmd_handle"
 _OVERRIDES = "_fmd_overrides"
@@ -36,7 +27,6 @@ class Handle:
     Attributes:
         config: the resolved `FMDConfig` in force.
         adapter: the `Adapter` that serves the model.
-        last_plan: the `StepPlan` of the last forward call of the decoder, None before the first or with 0 fork layers.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, config: FMDConfig) -> None:
@@ -45,10 +35,7 @@ class Handle:
         self.config = config
         self.entry = adapter.find_entry(model)
         self.decoder = adapter.find_decoder(model)
-        self.token = uuid.uuid4().hex
-        self.plan: StepPlan | None = None
-        self.last_plan: StepPlan | None = None
-        self._labels: np.ndarray | None = None
+        self.session = Session(config)
         self._restore: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
 
@@ -66,26 +53,18 @@ class Handle:
         """``with patch(model): ...`` unpatches at the end."""
         self.unpatch()
 
-    @contextlib.contextmanager
-    def labels(self, modality_labels: Any) -> Iterator[None]:
-        """Within this context the calls' positions carry ``modality_labels`` [batch, length].
+    @property
+    def last_plan(self) -> StepPlan | None:
+        """The `StepPlan` of the decoder's last forward call; None before the first, and with 0 fork layers."""
+        return self.session.last_plan
+
+    def labels(self, modality_labels: Any) -> contextlib.AbstractContextManager:
+        """A context in which the calls' positions carry ``modality_labels`` [batch, length].
 
         They are counted from the start of the sequence, cached positions included, as an attention mask is; positions
         past their end are text. When ``generate`` repeats samples (beams, several sequences), labels repeat with them.
         """
-        before, self._labels = self._labels, check_labels(modality_labels)
-        try:
-            yield
-        finally:
-            self._labels = before
-
-    def labels_for(self, batch: int) -> np.ndarray | None:
-        """The labels in force for a call of ``batch`` samples."""
-        if self._labels is None or len(self._labels) == batch:
-            return self._labels
-        if batch % len(self._labels):
-            raise ValueError(f"modality_labels are for {len(self._labels)} samples, the call has {batch}")
-        return self._labels.repeat(batch // len(self._labels), axis=0)
+        return self.session.labels(modality_labels)
 
     # --- installation -------------------------------------------------------------------------------------------
 
@@ -94,18 +73,21 @@ class Handle:
             if self.config.fork_layers:
                 self._install_decoder()
             if self.entry is not self.decoder:
-                self._override(self.entry, "forward", EntryForward)
+                self._override(self.entry, "forward", EntryForward, self._read_labels())
             if hasattr(self.entry, "generate"):
-                self._override(self.entry, "generate", EntryGenerate)
+                self._override(self.entry, "generate", EntryGenerate, self._read_labels())
             for module in {id(m): m for m in (self.model, self.entry)}.values():
                 self._set(module, _ATTRIBUTE, self)
         except BaseException:
             self.remove()
             raise
 
+    def _read_labels(self) -> ReadLabels | None:
+        return functools.partial(self.adapter.labels_of, self.model) if self.adapter.sources else None
+
     def _install_decoder(self) -> None:
         decoder = self.decoder
-        refuse_unsupported(decoder, self.config, self.adapter.attention)
+        refuse_unsupported(decoder, self.adapter.attention)
         fork_layers = self.config.fork_layers
         self._override(decoder, "forward", ForkedDecoder)
         config = branched_config(decoder.config)
@@ -114,7 +96,7 @@ class Handle:
             attention = getattr(layer, self.adapter.attention)
             own = config if attention.config is decoder.config else branched_config(attention.config)
             self._set(attention, "config", own)
-        merge = MergeHook(self)
+        merge = MergeHook(self.session)
         for module in (*decoder.layers[fork_layers:], decoder.norm):
             self._hooks.append(module.register_forward_pre_hook(merge, with_kwargs=True))
 
@@ -133,14 +115,14 @@ class Handle:
         # Past nn.Module.__setattr__, which would take a handle's modules for children.
         module.__dict__[name] = value
 
-    def _override(self, module: nn.Module, name: str, factory: Any) -> None:
+    def _override(self, module: nn.Module, name: str, factory: Any, *more: Any) -> None:
         """Puts a method of the same signature on the instance, never on the class."""
         original = getattr(module, name)
         overrides = module.__dict__.get(_OVERRIDES)
         if overrides is None:
             overrides = {}
             self._set(module, _OVERRIDES, overrides)
-        overrides[name] = factory(self, original)
+        overrides[name] = factory(self.session, original, *more)
 
         # Looked up through the module, so that a deep copy of a patched model runs its own replacement.
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -156,68 +138,6 @@ class Handle:
 
 class _Absent:
     """Stands for an attribute that the instance did not have."""
-
-
-class _Entry:
-    """Replacement of ``forward`` or ``generate`` of the module that takes token ids."""
-
-    def __init__(self, handle: Handle, original: Any) -> None:
-        self.handle = handle
-        self.original = original
-        self.signature = inspect.signature(original)
-
-    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return arguments_by_name(self.signature, args, kwargs)
-
-    def labels(self, given: Any, from_ids: Any) -> contextlib.AbstractContextManager:
-        """The context with the labels given by hand, else those in force, else those read off the token ids."""
-        if given is None and self.handle._labels is None and self.handle.adapter.sources:
-            given = from_ids()
-        return contextlib.nullcontext() if given is None else self.handle.labels(given)
-
-
-class EntryForward(_Entry):
-    def __call__(self, module: nn.Module, *args: Any, modality_labels: Any = None, **kwargs: Any) -> Any:
-        if not self.handle.config.fork_layers:
-            return self.original(*args, **kwargs)
-        refuse_gradients(module)
-        call = self.arguments(args, kwargs)
-
-        def from_ids() -> torch.Tensor | None:
-            ids, cache = call.get("input_ids"), call.get("past_key_values")
-            if ids is None:
-                return None
-            labels = self.handle.adapter.labels_of(self.handle.model, ids, call)
-            return labels if labels is None or cache is None else _shifted(labels, cache.get_seq_length())
-
-        with torch.no_grad(), self.labels(modality_labels, from_ids):
-            return self.original(*args, **kwargs)
-
-
-class EntryGenerate(_Entry):
-    """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
-
-    def __call__(self, module: nn.Module, *args: Any, modality_labels: Any = None, **kwargs: Any) -> Any:
-        call = self.arguments(args, kwargs)
-
-        def from_ids() -> torch.Tensor | None:
-            ids = next((v for v in (call.get("input_ids"), call.get("inputs")) if v is not None), None)
-            if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-                return None
-            labels = self.handle.adapter.labels_of(self.handle.model, ids)
-            cache = call.get("past_key_values")
-            mask = call.get("attention_mask")
-            # As transformers decides it: ids shorter than the mask are the new ones only.
-            only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
-            return _shifted(labels, cache.get_seq_length()) if only_new else labels
-
-        with self.labels(modality_labels, from_ids):
-            return self.original(*args, **kwargs)
-
-
-def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:
-    """Labels behind ``past`` cached positions, whose labels no longer matter."""
-    return torch.cat([labels.new_zeros((labels.shape[0], past)), labels], dim=1) if past else labels
 
 
 def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | Adapter | None = None, **overrides: Any):

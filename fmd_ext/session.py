@@ -1,0 +1,69 @@
+"""What a patch remembers while in force: its settings, the labels of calls to come, the plan of the running one."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .adapters import AUDIO, PADDING, TEXT, VISUAL
+from .config import FMDConfig
+from .plan import StepPlan
+
+
+class Session:
+    """State that the replaced methods of one patched model share.
+
+    Attributes:
+        config: the resolved settings.
+        token: identifies the patch to its caches; a copy of a cache keeps it.
+        plan: the plan of the forward call that is running, else None.
+        last_plan: the plan of the last forward call that succeeded.
+    """
+
+    def __init__(self, config: FMDConfig) -> None:
+        self.config = config
+        self.token = uuid.uuid4().hex
+        self.plan: StepPlan | None = None
+        self.last_plan: StepPlan | None = None
+        self._labels: np.ndarray | None = None
+
+    @property
+    def has_labels(self) -> bool:
+        return self._labels is not None
+
+    @contextlib.contextmanager
+    def labels(self, modality_labels: Any) -> Iterator[None]:
+        """Within this context the calls' positions carry ``modality_labels``; see `Handle.labels`."""
+        before, self._labels = self._labels, check_labels(modality_labels)
+        try:
+            yield
+        finally:
+            self._labels = before
+
+    def labels_for(self, batch: int) -> np.ndarray | None:
+        """The labels in force for a call of ``batch`` samples, repeated as `generate` repeats samples."""
+        if self._labels is None or len(self._labels) == batch:
+            return self._labels
+        if batch % len(self._labels):
+            raise ValueError(f"modality_labels are for {len(self._labels)} samples, the call has {batch}")
+        return self._labels.repeat(batch // len(self._labels), axis=0)
+
+
+def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
+    """Modality labels as int8 numpy [batch, length]. Raises TypeError or ValueError saying what is accepted."""
+    accepted = "modality_labels must be whole numbers [batch, length]: 0 text, 1 visual, 2 audio, -1 padding"
+    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{accepted}; got dtype {array.dtype}")
+    if array.ndim != 2 or (batch is not None and array.shape[0] != batch):
+        expected = "" if batch is None else f" (batch {batch})"
+        raise ValueError(f"{accepted}; got shape {list(array.shape)}{expected}")
+    unknown = np.setdiff1d(array, (PADDING, TEXT, VISUAL, AUDIO))
+    if unknown.size:
+        raise ValueError(f"{accepted}; got {unknown[:5].tolist()}")
+    return array.astype(np.int8)

