@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fmd_ext.hardware import cpu_model
+
 SUPPORTED_TORCH = (2, 10)
 SUPPORTED_TRANSFORMERS = (5, 17)
 PACKAGES = ("torch", "transformers", "torchvision", "tokenizers", "av", "numpy")
@@ -31,7 +33,7 @@ def examine() -> dict[str, Any]:
     report: dict[str, Any] = {"problems": [], "warnings": []}
     report["versions"] = _versions(report)
     report["cpu"] = {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "machine": platform.machine(),
         "torch_sees": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -142,16 +144,6 @@ def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
                     report["problems"].append(f"{name} on {device} gives a wrong result, off by {entry['check']}")
             ops.append(entry)
     return ops
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,79 @@
+"""What is measured on: model sizes in the proportions of Qwen2.5-Omni-7B, and a prompt with a clip."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fmd_ext.adapters import AUDIO, TEXT, VISUAL
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A text decoder's dimensions. ``fork_layers`` is a quarter of the layers."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_qo_heads
+
+    @property
+    def fork_layers(self) -> int:
+        return self.num_layers // 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Rows of one sample: text, video, text (the markers between), audio, text."""
+
+    prefix: int
+    visual: int
+    between: int
+    audio: int
+    rest: int
+
+    @property
+    def length(self) -> int:
+        return self.prefix + self.visual + self.between + self.audio + self.rest
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int8 [1, length]."""
+        lengths = (self.prefix, self.visual, self.between, self.audio, self.rest)
+        return np.repeat(np.array([TEXT, VISUAL, TEXT, AUDIO, TEXT], np.int8), lengths)[None]
+
+
+# "quarter" is the 7B with every width divided by four (head_dim stays) and four layers; relative to its matrix products
+# it has four times the attention of the 7B, so that what attention costs or saves is overstated, not hidden.
+SIZES = {
+    size.name: size
+    for size in (
+        Size("tiny", 4, 448, 7, 1, 512),
+        Size("quarter", 4, 896, 7, 1, 4736),
+        Size("full", 28, 3584, 28, 4, 18944),  # Qwen2.5-Omni-7B
+    )
+}
+PROMPT = Prompt(prefix=20, visual=1400, between=2, audio=500, rest=58)  # 80 rows of text
+QUICK_PROMPT = Prompt(prefix=5, visual=70, between=2, audio=25, rest=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    size: Size
+    prompt: Prompt
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "size": {**dataclasses.asdict(self.size), "head_dim": self.size.head_dim},
+            "prompt": {**dataclasses.asdict(self.prompt), "length": self.prompt.length},
+            "fork_layers": self.size.fork_layers,
+        }
