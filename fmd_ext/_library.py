@@ -1,6 +1,7 @@
 """Finds and loads the op libraries, which register the `fmd_ext` operators with torch.
 
-`libfmd_ext_cpu.so` holds the schemas of all ops and their CPU kernels; `libfmd_ext_cuda.so`, where it was built, adds CUDA kernels.
+`libfmd_ext_cpu.so` holds the schemas of all ops and their CPU kernels; `libfmd_ext_cuda.so`, where it was built, adds
+CUDA kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _cpu: ctypes.CDLL | None = None
 def load() -> dict[str, Library]:
     """Loads the op libraries once and returns what became of each, by device ("cpu", "cuda").
 
-    The environment variable `FMD_EXT_CPU_ISA` (auto, baseline, avx2, avx512) chooses the instruction set of the CPU kernels.
+    The environment variable `FMD_EXT_CPU_ISA` (auto, baseline, avx2, avx512) chooses the instruction set of the CPU
+    kernels.
 
     Raises:
         ImportError: the CPU library is missing or does not load, or the CUDA library is there and does not load.

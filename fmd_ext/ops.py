@@ -2,7 +2,8 @@
 
 All of them work on a slot pool: K and V of one layer, `[num_kv_heads, num_slots, head_dim]`, in which each sample owns
 ranges of slots. float32, bfloat16 and float16; arithmetic is float32. `head_dim` is a multiple of 8, `num_qo_heads` a
-multiple of `num_kv_heads` (query head h reads kv head h // group_size). Indices are int64.
+multiple of `num_kv_heads` (query head h reads kv head h // group_size). Indices are int64. On CUDA (compute capability
+8.0 and up) attention takes bfloat16 and float16 with `head_dim` 64 and 128, and pools whose rows are 16-byte aligned.
 
 A wrong argument is a ValueError that names the op, the argument, what was given and what is accepted. Index values are
 checked on the CPU only: elsewhere that would wait for the device.
@@ -123,7 +124,8 @@ def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor
         weights: float32 `[num_pairs]`.
 
     Raises:
-        ValueError: shape, dtype, stride or device of an argument, a row out of range, written twice, or both home and away.
+        ValueError: shape, dtype, stride or device of an argument, a row out of range, a home row that occurs twice or
+            is also an away row.
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("merge_", hidden)

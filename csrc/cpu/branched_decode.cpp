@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "fmd/launch.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "fmd/launch.h"
 
 namespace fmd {
 namespace {
@@ -19,6 +19,8 @@ struct Work {
   std::vector<cpu::DecodeCombine> combines;
   std::vector<int64_t> first_rows;  // of all combines, one after the other
   int64_t num_partial_rows = 0;
+  int64_t chunk_products = 0;    // scalar multiplications of all chunks
+  int64_t combine_products = 0;  // and of all combines
 };
 
 // Groups [begin, end) share their prefix.
@@ -28,7 +30,11 @@ void plan_groups(const BranchedAttentionParams& params, int64_t begin, int64_t e
     for (int64_t key = 0; key < num_keys; key += kChunkKeys) {
       const int64_t count = std::min(kChunkKeys, num_keys - key);
       work.chunks.push_back({group_begin, group_end, kv_head, slot_begin + key, count, work.num_partial_rows});
-      work.num_partial_rows += (group_end - group_begin) * group_size;
+      const int64_t rows = (group_end - group_begin) * group_size;
+      work.num_partial_rows += rows;
+      work.combine_products += rows * params.head_dim;
+      // Few rows cost as much as a vector full of them.
+      work.chunk_products += 2 * count * std::max<int64_t>(rows, 16) * params.head_dim;
     }
   };
   const size_t prefix_chunk = work.chunks.size();
@@ -68,13 +74,12 @@ void launch_branched_decode_cpu(const BranchedAttentionParams& params, const Par
     first_row += combine.num_chunks;
   }
 
-  float* memory =
-      cpu::thread_scratch(cpu::ScratchUse::kLauncher, work.num_partial_rows * (params.head_dim + 2));
+  float* memory = cpu::thread_scratch(cpu::ScratchUse::kLauncher, work.num_partial_rows * (params.head_dim + 2));
   const cpu::DecodePartials partials = {memory, memory + work.num_partial_rows * params.head_dim,
                                         memory + work.num_partial_rows * (params.head_dim + 1)};
-  cpu::for_each_item(parallel_for, static_cast<int64_t>(work.chunks.size()),
+  cpu::for_each_item(parallel_for, static_cast<int64_t>(work.chunks.size()), work.chunk_products,
                      [&](int64_t i) { kernels.decode_chunk(params, work.chunks[i], partials); });
-  cpu::for_each_item(parallel_for, static_cast<int64_t>(work.combines.size()),
+  cpu::for_each_item(parallel_for, static_cast<int64_t>(work.combines.size()), work.combine_products,
                      [&](int64_t i) { kernels.decode_combine(params, work.combines[i], partials); });
 }
 

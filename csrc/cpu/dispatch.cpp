@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "fmd/launch.h"
 #include "cpu/kernels.h"
+#include "fmd/launch.h"
 
 #if defined(FMD_HAVE_AVX2) || defined(FMD_HAVE_AVX512)
 #include <cpuid.h>

@@ -28,8 +28,8 @@ struct DecodeChunk {
 
 // What the chunks of a decode step leave for the combine. Scores are in units of log2(e) * softmax_scale.
 struct DecodePartials {
-  float* out;      // [rows, head_dim], not yet divided by denominators
-  float* maximum;  // [rows], of the scores
+  float* out;          // [rows, head_dim], not yet divided by denominators
+  float* maximum;      // [rows], of the scores
   float* denominator;  // [rows], sum of 2^(score - maximum)
 };
 
@@ -49,7 +49,6 @@ struct KernelTable {
   void (*decode_combine)(const BranchedAttentionParams& params, const DecodeCombine& combine,
                          const DecodePartials& partials);
   void (*merge_pairs)(const MergeParams& params, int64_t pair_begin, int64_t pair_end);
-  int64_t block_rows;  // rows (queries times group_size) that a prefill block should have
 };
 
 // The table in use.

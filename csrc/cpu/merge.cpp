@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "fmd/launch.h"
 #include "cpu/kernels.h"
+#include "fmd/launch.h"
 
 namespace fmd {
 

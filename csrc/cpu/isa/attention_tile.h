@@ -90,7 +90,7 @@ FMD_INLINE void online_softmax(float* __restrict scores, int64_t num_keys, const
       maximum = kMasked ? (limit > static_cast<int32_t>(j) ? larger : maximum) : larger;
     }
     rescale[n] = exp2_nonpositive(old_maximum - maximum);
-    VecF sum = load<VecF>(panel.denominator + at) * rescale[n];
+    VecF sum = {};
     for (int64_t j = 0; j < num_keys; ++j) {
       VecF weight = exp2_nonpositive(load<VecF>(scores + j * kRows + at) - maximum);
       if (kMasked) weight = limit > static_cast<int32_t>(j) ? weight : VecF{};
@@ -98,7 +98,7 @@ FMD_INLINE void online_softmax(float* __restrict scores, int64_t num_keys, const
       store(scores + j * kRows + at, weight);
     }
     store(panel.maximum + at, maximum);
-    store(panel.denominator + at, sum);
+    store(panel.denominator + at, load<VecF>(panel.denominator + at) * rescale[n] + sum);
   }
 }
 
@@ -108,12 +108,7 @@ template <int kDims, int kVectors>
 FMD_INLINE void accumulate_dims(const float* __restrict v, const float* __restrict weights, float* __restrict out,
                                 int64_t num_keys, int64_t head_dim, const VecF (&rescale)[kVectors]) {
   constexpr int kRows = kVectors * kLanes;
-  VecF sum[kDims][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kDims; ++i) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) sum[i][n] = load<VecF>(out + i * kRows + n * kLanes) * rescale[n];
-  }
+  VecF sum[kDims][kVectors] = {};
   for (int64_t j = 0; j < num_keys; ++j) {
     VecF weight[kVectors];
 #pragma GCC unroll 4
@@ -128,7 +123,11 @@ FMD_INLINE void accumulate_dims(const float* __restrict v, const float* __restri
 #pragma GCC unroll 16
   for (int i = 0; i < kDims; ++i) {
 #pragma GCC unroll 4
-    for (int n = 0; n < kVectors; ++n) store(out + i * kRows + n * kLanes, sum[i][n]);
+    for (int n = 0; n < kVectors; ++n) {
+      float* at = out + i * kRows + n * kLanes;
+      // A sum of tile sums: its rounding error grows with the number of tiles, not of keys.
+      store(at, load<VecF>(at) * rescale[n] + sum[i][n]);
+    }
   }
 }
 

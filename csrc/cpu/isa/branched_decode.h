@@ -14,8 +14,8 @@ void decode_chunk_panels(const BranchedAttentionParams& params, const DecodeChun
   const int64_t num_rows = (chunk.group_end - chunk.group_begin) * group_size;
   const int64_t num_panels = (num_rows + kRows - 1) / kRows;
 
-  float* memory = thread_scratch(ScratchUse::kWorker, num_panels * panel_floats(dim) + tile_floats(dim) +
-                                                          (kTileKeys + dim) * kPanelRows);
+  float* memory = thread_scratch(ScratchUse::kWorker,
+                                 num_panels * panel_floats(dim) + tile_floats(dim) + (kTileKeys + dim) * kPanelRows);
   const auto panel = [&](int64_t i) { return panel_at(memory + i * panel_floats(dim), dim); };
   float* tile_memory = memory + num_panels * panel_floats(dim);
   float* scores = tile_memory + tile_floats(dim);
@@ -68,7 +68,8 @@ inline void decode_chunk_any(const BranchedAttentionParams& params, const Decode
   }
 }
 
-// out = sum of out_i * 2^(maximum_i - maximum) / sum of denominator_i * 2^(maximum_i - maximum), for the heads of a group.
+// out = sum of out_i * 2^(maximum_i - maximum) / sum of denominator_i * 2^(maximum_i - maximum), for the heads of a
+// group.
 inline void decode_combine(const BranchedAttentionParams& params, const DecodeCombine& combine,
                            const DecodePartials& partials) {
   const int64_t dim = params.head_dim;

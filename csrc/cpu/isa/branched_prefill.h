@@ -5,9 +5,6 @@
 
 namespace fmd::cpu::FMD_ISA {
 
-// Rows of a block share each copy of a K/V tile; their panels and the tile should fit a second-level cache of 1 MiB.
-constexpr int64_t kBlockRows = 224;
-
 // Divides a panel by its denominators and writes num_rows rows to out, and their lse.
 template <int kRows, typename RowAt>
 FMD_INLINE void store_panel(const BranchedAttentionParams& params, int64_t num_rows, RowAt row_at, const Panel& panel,
@@ -54,8 +51,8 @@ void prefill_block(const BranchedAttentionParams& params, const PrefillBlock& bl
     return segment.prefix_len + max(0, segment.kv_len - qo_len + query + 1);
   };
 
-  float* memory = thread_scratch(ScratchUse::kWorker, num_panels * panel_floats(dim) + tile_floats(dim) +
-                                                          (kTileKeys + dim) * kPanelRows);
+  float* memory = thread_scratch(ScratchUse::kWorker,
+                                 num_panels * panel_floats(dim) + tile_floats(dim) + (kTileKeys + dim) * kPanelRows);
   const auto panel = [&](int64_t i) { return panel_at(memory + i * panel_floats(dim), dim); };
   float* tile_memory = memory + num_panels * panel_floats(dim);
   float* scores = tile_memory + tile_floats(dim);

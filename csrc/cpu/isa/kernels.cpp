@@ -11,7 +11,6 @@
 namespace fmd::cpu::FMD_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {FMD_STRINGIZE(FMD_ISA), prefill_block_any, decode_chunk_any,
-                           decode_combine,             merge_pairs,       kBlockRows};
+const KernelTable table = {FMD_STRINGIZE(FMD_ISA), prefill_block_any, decode_chunk_any, decode_combine, merge_pairs};
 
 }  // namespace fmd::cpu::FMD_ISA

@@ -1,0 +1,78 @@
+"""Loading of the op libraries, and the choice of the instruction set of the CPU kernels."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fmd_ext import _library
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_what_was_loaded():
+    libraries = _library.load()
+    assert libraries["cpu"].loaded and libraries["cpu"].path.exists()
+    cuda = libraries["cuda"]
+    assert cuda.loaded != bool(cuda.reason)
+    assert _library.load() == libraries
+
+
+def test_baseline_is_always_there_and_the_best_is_the_default():
+    isas = _library.cpu_isas()
+    assert isas[0] == "baseline" and set(isas) <= {"baseline", "avx2", "avx512"}
+    _library.select_cpu_isa("auto")
+    assert _library.cpu_isa() == isas[-1]
+
+
+@pytest.mark.parametrize("name", _library.cpu_isas())
+def test_environment_chooses(name):
+    code = "from fmd_ext import _library; print(_library.cpu_isa())"
+    said = run(code, FMD_EXT_CPU_ISA=name)
+    assert said.stdout.strip() == name, said.stderr
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="unknown CPU instruction set 'sse9'; accepted: auto, baseline, avx2, avx512"):
+        _library.select_cpu_isa("sse9")
+    said = run("from fmd_ext import ops", FMD_EXT_CPU_ISA="sse9")
+    assert said.returncode != 0
+    assert "ValueError: environment variable FMD_EXT_CPU_ISA: unknown CPU instruction set 'sse9'" in said.stderr
+
+
+def test_name_that_this_machine_cannot_run():
+    missing = {"avx2", "avx512"} - set(_library.cpu_isas())
+    before = _library.cpu_isa()
+    for name in missing:
+        with pytest.raises(ValueError, match=f"instruction set '{name}'; accepted: baseline"):
+            _library.select_cpu_isa(name)
+    assert _library.cpu_isa() == before
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_library, "_libraries", {})
+    return tmp_path
+
+
+def test_missing_library(empty_folder):
+    path = re.escape(str(empty_folder / "libfmd_ext_cpu.so"))
+    with pytest.raises(ImportError, match=f"{path} does not exist: fmd_ext is not built here. Install it with"):
+        _library.load()
+
+
+def test_library_that_does_not_load(empty_folder):
+    (empty_folder / "libfmd_ext_cpu.so").write_bytes(b"no library")
+    version = re.escape(torch.__version__)
+    with pytest.raises(ImportError, match=rf"does not load into torch {version} \(2.10 or newer is needed\): "):
+        _library.load()
