@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,10 +10,13 @@ import torch
 from fmd_ext import _library
 
 
-def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def before_load(monkeypatch):
+    """As in a process that has not loaded the libraries yet."""
+    previous = _library.cpu_isa()
+    monkeypatch.setattr(_library, "_libraries", {})
+    yield
+    _library.select_cpu_isa(previous)
 
 
 def test_what_was_loaded():
@@ -35,18 +35,27 @@ def test_baseline_is_always_there_and_the_best_is_the_default():
 
 
 @pytest.mark.parametrize("name", _library.cpu_isas())
-def test_environment_chooses(name):
-    code = "from fmd_ext import _library; print(_library.cpu_isa())"
-    said = run(code, FMD_EXT_CPU_ISA=name)
-    assert said.stdout.strip() == name, said.stderr
+def test_environment_chooses(name, before_load, monkeypatch):
+    monkeypatch.setenv("FMD_EXT_CPU_ISA", name)
+    _library.load()
+    assert _library.cpu_isa() == name
 
 
-def test_unknown_name():
-    with pytest.raises(ValueError, match="unknown CPU instruction set 'sse9'; accepted: auto, baseline, avx2, avx512"):
+@pytest.mark.parametrize("name", ["", "auto"])
+def test_environment_leaves_the_choice(name, before_load, monkeypatch):
+    _library.select_cpu_isa("baseline")
+    monkeypatch.setenv("FMD_EXT_CPU_ISA", name)
+    _library.load()
+    assert _library.cpu_isa() == _library.cpu_isas()[-1]
+
+
+def test_unknown_name(before_load, monkeypatch):
+    message = "unknown CPU instruction set 'sse9'; accepted: auto, baseline, avx2, avx512"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         _library.select_cpu_isa("sse9")
-    said = run("from fmd_ext import ops", FMD_EXT_CPU_ISA="sse9")
-    assert said.returncode != 0
-    assert "ValueError: environment variable FMD_EXT_CPU_ISA: unknown CPU instruction set 'sse9'" in said.stderr
+    monkeypatch.setenv("FMD_EXT_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match=f"^environment variable FMD_EXT_CPU_ISA: {message}$"):
+        _library.load()
 
 
 def test_name_that_this_machine_cannot_run():
@@ -59,9 +68,8 @@ def test_name_that_this_machine_cannot_run():
 
 
 @pytest.fixture
-def empty_folder(tmp_path, monkeypatch):
+def empty_folder(before_load, tmp_path, monkeypatch):
     monkeypatch.setattr(_library, "_FOLDER", tmp_path)
-    monkeypatch.setattr(_library, "_libraries", {})
     return tmp_path
 
 

@@ -32,6 +32,7 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
   params.num_kv_heads = k.size(0);
   params.head_dim = q.size(2);
   params.num_groups = segments.size(0);
+  params.num_queries = qo_rows.numel();
   params.softmax_scale = static_cast<float>(softmax_scale);
 
   check_head_dim(q_arg, params.head_dim);
@@ -92,6 +93,7 @@ AppendParams append_params(const Tensor& k_pool, const Tensor& v_pool, const Ten
   check_head_dim(k_pool_arg, params.head_dim);
   for (const Argument& arg : {v_pool_arg, k_arg, v_arg}) arg.has_dtype(k_pool.scalar_type());
   for (const Argument& arg : {k_pool_arg, v_pool_arg, k_arg, v_arg}) arg.has_contiguous_rows();
+  for (const Argument& arg : {k_pool_arg, v_pool_arg}) arg.has_no_repeated_memory();
   for (const Argument& arg : {v_pool_arg, k_arg, v_arg, slots_arg}) arg.is_on_device_of(k_pool_arg);
 
   params.k_pool = k_pool.mutable_data_ptr();
@@ -128,6 +130,7 @@ MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Te
   params.hidden_size = hidden.size(1);
   params.num_pairs = home_rows.size(0);
   hidden_arg.has_contiguous_rows();
+  hidden_arg.has_no_repeated_memory();
   for (const Argument& arg : {home_arg, away_arg, weights_arg}) arg.is_on_device_of(hidden_arg);
 
   params.hidden = hidden.mutable_data_ptr();

@@ -71,6 +71,14 @@ struct Argument {
     fail("has stride ", tensor.stride(last), " in its last dimension, accepted is 1 (contiguous rows)");
   }
 
+  // For arguments that are written: no two elements at one address.
+  void has_no_repeated_memory() const {
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (tensor.size(i) <= 1 || tensor.stride(i) != 0) continue;
+      fail("is expanded along dimension ", i, ", accepted are tensors in which every element has its own memory");
+    }
+  }
+
   void is_contiguous() const {
     if (!tensor.is_contiguous()) fail("of shape ", shape_text(tensor), " is not contiguous");
   }
@@ -80,7 +88,9 @@ struct Argument {
     const auto accepted = other.tensor.device();
     if (device == accepted) return;
     const auto text = [](const auto& place) {
-      return std::string(place.is_cpu() ? "cpu" : place.is_cuda() ? "cuda:" : "device ") +
+      return std::string(place.is_cpu()    ? "cpu"
+                         : place.is_cuda() ? "cuda:"
+                                           : "device ") +
              (place.is_cpu() ? "" : std::to_string(place.index()));
     };
     fail("is on ", text(device), ", accepted is ", text(accepted), " as for ", other.name);
@@ -117,7 +127,6 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
 AppendParams append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
                            const Tensor& slots);
 
-MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows,
-                         const Tensor& weights);
+MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights);
 
 }  // namespace fmd

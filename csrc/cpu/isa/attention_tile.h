@@ -177,6 +177,7 @@ struct SlotRun {
   int64_t count;
 };
 
+// The keys of two runs of one pool, for load_tile. padded: with readable memory up to the next multiple of kKeyStrip.
 inline const float* tile_rows(const BranchedAttentionParams& params, const void* pool, int64_t stride_slot,
                               const SlotRun (&runs)[2], bool padded, float* memory) {
   const int64_t dim = params.head_dim;
@@ -193,6 +194,7 @@ inline const float* tile_rows(const BranchedAttentionParams& params, const void*
       widen(params.dtype, element(pool, params.dtype, slot * stride_slot), target, dim);
     }
   }
+  // Scores of padding are not used, but subnormals left over there would be slow.
   if (padded) __builtin_memset(target, 0, (end - num_keys) * dim * sizeof(float));
   return memory;
 }

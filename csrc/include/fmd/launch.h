@@ -16,6 +16,23 @@ void launch_append_cpu(const AppendParams& params, const ParallelFor& parallel_f
 
 void launch_merge_cpu(const MergeParams& params, const ParallelFor& parallel_for);
 
+// CUDA, sm_80 and up. All pointers, indices too, are device memory of the current device, and stream is a cudaStream_t
+// of it. Nothing waits for the device and nothing is read back, so that a launch can be captured in a graph. A launch
+// that CUDA refuses is a std::runtime_error.
+//
+// Attention is for bfloat16 and float16 and head_dim 64 and 128, else std::invalid_argument. K, V and out: 16-byte
+// aligned, with strides to match; q: any. num_queries * group_size < 2^31. Rows of out and lse in no group are written
+// too (0 and -infinity) where num_queries < num_rows.
+void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream);
+
+// workspace: branched_decode_workspace_cuda(params) bytes, 16-byte aligned; may be reused once the launch has run.
+int64_t branched_decode_workspace_cuda(const BranchedAttentionParams& params);
+void launch_branched_decode_cuda(const BranchedAttentionParams& params, void* workspace, void* stream);
+
+void launch_append_cuda(const AppendParams& params, void* stream);
+
+void launch_merge_cuda(const MergeParams& params, void* stream);
+
 }  // namespace fmd
 
 extern "C" {

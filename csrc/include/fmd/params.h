@@ -43,6 +43,10 @@ struct BranchedAttentionParams {
   const int64_t* qo_rows;       // [cu_seqlens_q[num_groups]]: rows of q, group by group, in causal order
   const int64_t* cu_seqlens_q;  // [num_groups + 1]
   const Segment* segments;      // [num_groups]
+
+  // What a device launcher may know of the lengths, since it reads no index.
+  int64_t num_queries;  // length of qo_rows
+  int64_t max_qo_len;   // no group has more queries
 };
 
 // Writes row r of k and v into slot slots[r] of the pools.

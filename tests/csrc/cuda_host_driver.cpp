@@ -1,0 +1,298 @@
+// Runs CUDA launchers and kernels on the CPU (csrc/cuda/intrinsics/host.h) for tests/test_cuda_host.py: reads calls
+// from stdin, writes what they leave behind to stdout.
+//
+// A call is numbers (int64) and arrays (an int64 number of bytes, then the bytes), in the order of the code below.
+// Every array gets an allocation of exactly its size, so that AddressSanitizer sees each access outside it.
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+
+#include "cuda/intrinsics/intrinsics.h"
+#include "fmd/launch.h"
+
+namespace {
+
+void read_bytes(void* to, size_t bytes) {
+  if (bytes > 0 && std::fread(to, 1, bytes, stdin) != bytes) throw std::runtime_error("driver: input ends early");
+}
+
+int64_t number() {
+  int64_t value = 0;
+  read_bytes(&value, sizeof(value));
+  return value;
+}
+
+float real() {
+  const int64_t bits = number();
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+class Array {
+ public:
+  explicit Array(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+    if (bytes < 0 || posix_memalign(&data_, 256, bytes_ == 0 ? 1 : bytes_) != 0)
+      throw std::runtime_error("driver: size");
+  }
+  ~Array() { std::free(data_); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+
+  static Array read() { return Array(number(), true); }
+
+  template <typename T>
+  T* at(int64_t offset_bytes = 0) const {
+    return reinterpret_cast<T*>(static_cast<char*>(data_) + offset_bytes);
+  }
+
+  void write() const {
+    if (std::fwrite(data_, 1, bytes_, stdout) != bytes_) throw std::runtime_error("driver: cannot write");
+  }
+
+ private:
+  Array(int64_t bytes, bool) : Array(bytes) { read_bytes(data_, bytes_); }
+
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+// The heads of a pool moved `distance` bytes apart, in memory of which only the touched pages exist.
+class FarHeads {
+ public:
+  FarHeads(const void* heads, int64_t head_bytes, int64_t num_heads, int64_t distance)
+      : bytes_(static_cast<size_t>(distance * (num_heads - 1) + head_bytes)) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (data_ == MAP_FAILED) throw std::runtime_error("driver: no address space");
+    for (int64_t i = 0; i < num_heads; ++i) {
+      std::memcpy(static_cast<char*>(data_) + i * distance, static_cast<const char*>(heads) + i * head_bytes,
+                  head_bytes);
+    }
+  }
+  ~FarHeads() { munmap(data_, bytes_); }
+  FarHeads(const FarHeads&) = delete;
+  FarHeads& operator=(const FarHeads&) = delete;
+  const void* data() const { return data_; }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+void attention(bool decode) {
+  fmd::BranchedAttentionParams p{};
+  p.dtype = static_cast<fmd::DType>(number());
+  p.num_rows = number();
+  p.num_slots = number();
+  p.num_qo_heads = number();
+  p.num_kv_heads = number();
+  p.head_dim = number();
+  p.num_groups = number();
+  p.num_queries = number();
+  p.max_qo_len = number();
+  p.softmax_scale = real();
+  const Array q = Array::read();
+  p.q = q.at<void>(number());
+  p.q_stride_row = number();
+  p.q_stride_head = number();
+  const Array k = Array::read();
+  p.k = k.at<void>(number());
+  p.k_stride_head = number();
+  p.k_stride_slot = number();
+  const Array v = Array::read();
+  p.v = v.at<void>(number());
+  p.v_stride_head = number();
+  p.v_stride_slot = number();
+  const Array qo_rows = Array::read(), cu_seqlens_q = Array::read(), segments = Array::read();
+  p.qo_rows = qo_rows.at<int64_t>();
+  p.cu_seqlens_q = decode ? nullptr : cu_seqlens_q.at<int64_t>();
+  p.segments = segments.at<fmd::Segment>();
+  const Array out = Array::read(), lse = Array::read();  // what they hold before the call
+  p.out = out.at<void>();
+  p.out_stride_row = p.num_qo_heads * p.head_dim;
+  p.out_stride_head = p.head_dim;
+  p.lse = number() != 0 ? lse.at<float>() : nullptr;
+  std::unique_ptr<FarHeads> far_k, far_v;
+  if (const int64_t distance = number(); distance > 0) {  // in elements of 2 bytes; k and v are contiguous then
+    const int64_t head_bytes = p.num_slots * p.head_dim * 2;
+    far_k = std::make_unique<FarHeads>(p.k, head_bytes, p.num_kv_heads, distance * 2);
+    far_v = std::make_unique<FarHeads>(p.v, head_bytes, p.num_kv_heads, distance * 2);
+    p.k = far_k->data();
+    p.v = far_v->data();
+    p.k_stride_head = p.v_stride_head = distance;
+  }
+  if (decode) {
+    const int64_t bytes = fmd::branched_decode_workspace_cuda(p);
+    const Array workspace(bytes);
+    std::memset(workspace.at<void>(), 0xff, static_cast<size_t>(bytes));
+    fmd::launch_branched_decode_cuda(p, workspace.at<void>(), nullptr);
+  } else {
+    fmd::launch_branched_prefill_cuda(p, nullptr);
+  }
+  out.write();
+  lse.write();
+}
+
+void append() {
+  fmd::AppendParams p{};
+  p.dtype = static_cast<fmd::DType>(number());
+  p.num_rows = number();
+  p.num_slots = number();
+  p.num_kv_heads = number();
+  p.head_dim = number();
+  const Array k_pool = Array::read();
+  p.k_pool = k_pool.at<void>(number());
+  p.k_pool_stride_head = number();
+  p.k_pool_stride_slot = number();
+  const Array v_pool = Array::read();
+  p.v_pool = v_pool.at<void>(number());
+  p.v_pool_stride_head = number();
+  p.v_pool_stride_slot = number();
+  const Array k = Array::read();
+  p.k = k.at<void>(number());
+  p.k_stride_row = number();
+  p.k_stride_head = number();
+  const Array v = Array::read();
+  p.v = v.at<void>(number());
+  p.v_stride_row = number();
+  p.v_stride_head = number();
+  const Array slots = Array::read();
+  p.slots = slots.at<int64_t>();
+  fmd::launch_append_cuda(p, nullptr);
+  k_pool.write();
+  v_pool.write();
+}
+
+void merge() {
+  fmd::MergeParams p{};
+  p.dtype = static_cast<fmd::DType>(number());
+  p.num_rows = number();
+  p.hidden_size = number();
+  p.num_pairs = number();
+  const Array hidden = Array::read();
+  p.hidden = hidden.at<void>(number());
+  p.stride_row = number();
+  const Array home_rows = Array::read(), away_rows = Array::read(), weights = Array::read();
+  p.home_rows = home_rows.at<int64_t>();
+  p.away_rows = away_rows.at<int64_t>();
+  p.weights = weights.at<float>();
+  fmd::launch_merge_cuda(p, nullptr);
+  hidden.write();
+}
+
+void faulty(int64_t which);
+
+}  // namespace
+
+int main() try {
+  for (;;) {
+    const int64_t call = number();
+    if (call < 0) return 0;
+    fmd::cuda::host::settings().seed = static_cast<uint64_t>(number());
+    fmd::cuda::host::settings().multiprocessors = static_cast<int>(number());
+    switch (call) {
+      case 0:
+        attention(false);
+        break;
+      case 1:
+        attention(true);
+        break;
+      case 2:
+        append();
+        break;
+      case 3:
+        merge();
+        break;
+      case 4:
+        faulty(number());
+        break;
+      default:
+        throw std::runtime_error("driver: unknown call");
+    }
+  }
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 2;
+}
+
+namespace {
+
+using namespace fmd::cuda;
+
+// Kernels with one mistake each, which the host execution must find. Result: 32 floats, that of the right kernel being
+// 1 for every lane.
+enum Fault : int64_t {
+  kNone,
+  kMissingBarrierOfStores,
+  kMissingBarrierOfCopies,
+  kMissingWarpBarrier,
+  kMissingWait,
+  kWaitTooShort,
+  kEarlyOverwrite,
+  kOutOfBounds,
+  kDivergence,
+  kUnwritten,
+  kBankConflict,
+  kUnfinishedCopy,
+  kNumFaults,
+};
+
+template <int64_t kFault>
+FMD_KERNEL(64, 1)
+faulty_kernel(const float* ones, float* result) {
+  float* shared = shared_memory<float>();  // 128 floats: two buffers of 64
+  const int thread = thread_index();
+  if (kFault == kOutOfBounds && thread == 3) shared[128] = 1.0f;
+  // A value of the own warp, and one of the other.
+  if (kFault != kUnwritten || thread != 7) shared[64 + thread] = 1.0f;
+  if (kFault != kMissingWarpBarrier) warp_barrier();
+  const float near = shared[64 + (thread ^ 5)];
+  if (kFault != kMissingBarrierOfStores) block_barrier();
+  const float middle = shared[64 + (thread ^ 33)];
+  block_barrier();
+  // And one that an asynchronous copy brings, which 16 threads make.
+  const auto copy = [&](int buffer) {
+    if (thread < 16) copy_async_16(shared + buffer * 64 + thread * 4, ones + thread * 4, true);
+    copy_async_commit();
+  };
+  copy(0);
+  if (kFault == kWaitTooShort) copy(1);
+  if (kFault == kWaitTooShort) copy_async_wait<2>();
+  if (kFault != kMissingWait && kFault != kUnfinishedCopy && kFault != kWaitTooShort) copy_async_wait<0>();
+  if (kFault != kMissingBarrierOfCopies) block_barrier();
+  if (kFault == kEarlyOverwrite) copy(0);
+  const float far = shared[63 - thread];
+  if (kFault == kDivergence && thread % 32 < 4) warp_barrier();
+  const float both = shuffle_xor(near * middle * far, 3);
+  if (kFault == kBankConflict) {
+    uint32_t words[4];
+    load_matrices(words, shared_address(shared + thread % 2 * 64));
+  }
+  if (kFault != kUnfinishedCopy) copy_async_wait<0>();
+  if (thread < 32) result[thread] = both;
+}
+
+template <int64_t kFault>
+void run_faulty(int64_t which) {
+  if constexpr (kFault < kNumFaults) {
+    if (which != kFault) return run_faulty<kFault + 1>(which);
+    const Array ones(64 * sizeof(float)), result(32 * sizeof(float));
+    for (int i = 0; i < 64; ++i) ones.at<float>()[i] = 1.0f;
+    launch("faulty", faulty_kernel<kFault>, 1, 64, 128 * sizeof(float), nullptr, ones.at<const float>(),
+           result.at<float>());
+    result.write();
+  } else {
+    throw std::runtime_error("driver: unknown fault");
+  }
+}
+
+void faulty(int64_t which) { run_faulty<0>(which); }
+
+}  // namespace

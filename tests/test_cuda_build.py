@@ -1,0 +1,88 @@
+"""What the compiler makes of the CUDA kernels. Needs nvcc, and no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fmd_build
+import fmd_ext
+
+LIBRARY = Path(fmd_ext.__file__).parent / "lib" / "libfmd_ext_cuda.so"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "ptxas_report.py"
+needs_nvcc = pytest.mark.skipif(fmd_build.find_nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled")
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("ptxas_report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_nvcc
+def test_no_kernel_spills_registers():
+    said = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout + said.stderr
+    kernels = {tuple(line.split(maxsplit=1)) for line in said.stdout.splitlines()[1:]}
+    for architecture in ("80", "90a"):
+        for kernel in ("branched_prefill", "branched_decode", "branched_decode_combine"):
+            for arguments in ("BFloat16, 64", "BFloat16, 128", "Float16, 64", "Float16, 128"):
+                name = f"{kernel}_kernel<{arguments}> "
+                assert any(arch == architecture and rest.startswith(name) for arch, rest in kernels), (
+                    architecture,
+                    name,
+                )
+
+
+@needs_nvcc
+def test_a_spill_is_seen(tmp_path):
+    source = tmp_path / "spilling.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) spilling_kernel(float* x) {\n"
+        "  float v[96];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) v[i] = x[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) x[i * 7 + threadIdx.x] = v[i] * v[95 - i];\n"
+        "}\n"
+    )
+    [(_, registers, spills, stack)] = script().report(str(fmd_build.find_nvcc()), source, "80")
+    assert registers <= 32 and spills > 0 and stack > 0
+
+
+def registered_for_cuda(library, folder):
+    """The ops that the CUDA library implements for CUDA, seen by the torch that is installed.
+
+    A torch without CUDA has no libtorch_cuda.so, from which the library needs one function: a stub takes its place.
+    """
+    stub = folder / "libtorch_cuda.so"
+    source = folder / "stub.cpp"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n')
+    compiler = os.environ.get("CXX") or "c++"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub], check=True)
+    code = (
+        "import sys, ctypes, torch\n"
+        "from fmd_ext import _library\n"
+        "_library.load()\n"
+        "if torch.version.cuda is None:\n"
+        "    ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
+        "    torch.ops.load_library(sys.argv[2])\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "names = ('append_', 'branched_prefill', 'branched_decode', 'merge_')\n"
+        "print(*(name for name in names if has(f'fmd_ext::{name}', 'CUDA')))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code, stub, library], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return said.stdout.split()
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="this installation was built without the CUDA op library")
+def test_the_library_implements_all_ops(tmp_path):
+    assert registered_for_cuda(LIBRARY, tmp_path) == ["append_", "branched_prefill", "branched_decode", "merge_"]
