@@ -17,8 +17,8 @@ from fmd_ext.bench.__main__ import OPS, build_cases, main
 from fmd_ext.bench.cases import Candidate, Case, run_case
 from fmd_ext.bench.checking import Reference, WrongOutput, row_error
 from fmd_ext.bench.models import sharing_weights
+from fmd_ext.bench.page import BEGIN, END, page, with_figures
 from fmd_ext.bench.page import main as page_main
-from fmd_ext.bench.page import page
 from fmd_ext.bench.timing import MAX_ROUNDS, MIN_ROUNDS, Spread, Step, interleave, ratios, rounds_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +190,7 @@ def test_statistics():
     assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(min=1.0, q1=2.0, median=3.0, q3=4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 7.0)
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
-    assert rounds_for(1.0, 10.5) == 10
+    assert rounds_for(0.25, 10.6) == 42
     assert (rounds_for(100.0, 10.0), rounds_for(0.0, 10.0)) == (MIN_ROUNDS, MAX_ROUNDS)
 
 
@@ -286,3 +286,15 @@ def test_the_page_in_docs_is_the_one_of_its_data():
     runs = [json.loads(file.read_text()) for file in sorted((ROOT / "docs" / "data").glob("bench_*.json"))]
     assert runs
     assert (ROOT / "docs" / "performance.md").read_text() == page(runs)
+    readme = (ROOT / "README.md").read_text()
+    assert with_figures(readme, runs) == readme
+
+
+def test_figures_of_the_readme(quick):
+    text = with_figures(f"before\n{BEGIN}\nold\n{END}\nafter\n", [quick])
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    zero = quick["cases"][-2]["candidates"][2]
+    assert quick["cases"][-2]["case"].startswith("model_prefill") and zero["name"] == "zero masking"
+    assert f"| prefill, zero masking | the unpatched model | {zero['ratio']['median']:.2f} (" in text
+    with pytest.raises(ValueError, match="no single part between"):
+        with_figures("no markers", [quick])

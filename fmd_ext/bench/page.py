@@ -1,4 +1,5 @@
-"""``python -m fmd_ext.bench.page DATA PAGE``: the performance page, from the JSON files of benchmark runs."""
+"""``python -m fmd_ext.bench.page DATA PAGE README``: the performance page and the README's figures, from the JSON files
+of benchmark runs."""
 
 from __future__ import annotations
 
@@ -45,6 +46,43 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+# What the README tells, in its words: case and candidate, and what the time is compared with.
+HEADLINES = {
+    "prefill, attention masking": ("model_prefill", "attention masking", "the unpatched model"),
+    "prefill, zero masking": ("model_prefill", "zero masking", "the unpatched model"),
+    "prefill, two passes as in the paper": ("model_prefill", "two passes", "the unpatched model"),
+    "decode step, attention masking": ("model_decode", "attention masking", "the unpatched model"),
+    "decode step, zero masking": ("model_decode", "zero masking", "the unpatched model"),
+    "decode step, two passes": ("model_decode", "two passes", "the unpatched model"),
+}
+BEGIN, END = "<!-- figures: written by scripts/benchmarks -->", "<!-- end of figures -->"
+
+
+def figures(runs: Sequence[dict[str, Any]]) -> str:
+    """The README's table: whole-model times over those of the unpatched model, first run of each device."""
+    lines = []
+    for run in runs:
+        facts = dict(summary(run))
+        lines += ["", f"| time, {DEVICES[run['device']]}, {run['dtype']} | over that of | median ratio (quartiles) |"]
+        lines += ["| --- | --- | ---: |"]
+        for title, (stem, name, over) in HEADLINES.items():
+            for case in run["cases"]:
+                for candidate in case["candidates"] if case["case"].startswith(stem) else ():
+                    if candidate["name"] == name:
+                        ratio = candidate["ratio"]
+                        spread = f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})"
+                        lines.append(f"| {title} | {over} | {spread} |")
+        lines += ["", f"{facts['CPU']}; {facts['model']}, random weights; {facts['prompt']}.", ""]
+    return "\n".join([BEGIN, *lines, END])
+
+
+def with_figures(readme: str, runs: Sequence[dict[str, Any]]) -> str:
+    """The README's text with the part between its two markers rewritten. Raises ValueError without the markers."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"the README has no single part between {BEGIN!r} and {END!r}")
+    return readme[: readme.index(BEGIN)] + figures(runs) + readme[readme.index(END) + len(END) :]
+
+
 def _run(run: dict[str, Any]) -> Iterator[str]:
     yield f"`{run['command']}`"
     yield ""
@@ -60,17 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fmd_ext.bench.page", description=__doc__)
     parser.add_argument("data", type=Path, help="folder with the JSON files of benchmark runs")
     parser.add_argument("page", type=Path, help="the Markdown file to write")
+    parser.add_argument("readme", type=Path, nargs="?", help="the README whose figures to rewrite")
     args = parser.parse_args(argv)
     files = sorted(args.data.glob("*.json"))
     if not files:
         print(f"fmd_ext.bench.page: error: no *.json in {args.data}", file=sys.stderr)
         return 2
     try:
-        text = page([json.loads(file.read_text()) for file in files])
+        runs = [json.loads(file.read_text()) for file in files]
+        text = page(runs)
+        readme = with_figures(args.readme.read_text(), runs) if args.readme else None
     except ValueError as error:
         print(f"fmd_ext.bench.page: error: {error}", file=sys.stderr)
         return 1
     args.page.write_text(text)
+    if readme is not None:
+        args.readme.write_text(readme)
     return 0
 
 
