@@ -135,9 +135,12 @@ class BranchedLayer(CacheLayerMixin):
         if self._leads:
             self.state.crop(-int(tokens_to_remove))
 
-    def reset(self) -> None:
+    def release(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
+
+    def reset(self) -> None:
+        self.release()
         if self._leads:
             self.state.clear()
 
@@ -178,7 +181,10 @@ class BranchedState:
         in chunks forks like a prompt given at once. The state changes only on ``commit``, room excepted.
         """
         batch, length = labels.shape
-        if self.batch == 0:
+        if self.logical_length == 0:
+            # Nothing is held: whatever an earlier call that failed has left behind goes.
+            for layer in self.layers:
+                layer.release()
             self._start(batch)
         elif self.batch != batch:
             raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")

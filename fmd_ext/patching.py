@@ -90,12 +90,8 @@ class Handle:
         refuse_unsupported(decoder, self.adapter.attention)
         fork_layers = self.config.fork_layers
         self._override(decoder, "forward", ForkedDecoder)
-        config = branched_config(decoder.config)
-        self._set(decoder, "config", config)
-        for layer in decoder.layers:
-            attention = getattr(layer, self.adapter.attention)
-            own = config if attention.config is decoder.config else branched_config(attention.config)
-            self._set(attention, "config", own)
+        for module in (decoder, *(getattr(layer, self.adapter.attention) for layer in decoder.layers)):
+            self._set(module, "config", branched_config(module.config))
         merge = MergeHook(self.session)
         for module in (*decoder.layers[fork_layers:], decoder.norm):
             self._hooks.append(module.register_forward_pre_hook(merge, with_kwargs=True))

@@ -164,3 +164,16 @@ def test_a_failed_call_leaves_the_cache_as_it_was(thinker):
     ids = torch.cat([inputs["input_ids"], step["input_ids"]], dim=1)
     whole = thinker(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[:, -1]
     torch.testing.assert_close(thinker(**step).logits[:, -1], whole, atol=1e-4, rtol=0)
+
+
+def test_a_failed_first_call_leaves_the_cache_empty(thinker):
+    """The cache then takes a batch of another size."""
+    fmd_ext.patch(thinker)
+    cache = DynamicCache()
+    hook = thinker.get_decoder().layers[2].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        thinker(**build_inputs([VIDEO_AUDIO]), past_key_values=cache)
+    hook.remove()
+    inputs = build_inputs([VIDEO_AUDIO, VIDEO_AUDIO])
+    expected = thinker(**inputs).logits
+    assert torch.equal(thinker(**inputs, past_key_values=cache).logits, expected)
