@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ from fmd_ext import _core
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(fmd_ext.__file__).resolve().parent
 LIBRARIES = sorted((PACKAGE / "lib").glob("*.so"))
+
+
+def script(name):
+    """The module of a script of the repository."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fake_torch(folder, version, cuda=None, headers=True):
@@ -241,15 +251,6 @@ class TestWhatWasBuilt:
         names = {path.name for path in LIBRARIES}
         assert names == {"libfmd_ext_cpu.so"} | ({"libfmd_ext_cuda.so"} if _core.build_info()["cuda"] else set())
 
-    @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
-    def test_op_libraries_need_the_stable_abi_alone(self, library):
-        said = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-        # "U name" or "U name@VERSION"; "w" is what may be absent. The C and C++ runtimes' symbols carry a version.
-        needed = [line.split()[1] for line in said.stdout.splitlines() if line.split()[0] == "U"]
-        from_torch = [name for name in needed if "@" not in name]
-        assert any(name.startswith("aoti_torch_") for name in from_torch)
-        assert [name for name in from_torch if not re.match(r"(aoti_torch|torch)_[a-z]", name)] == []
-
     @pytest.mark.parametrize("library", [*LIBRARIES, Path(_core.__file__)], ids=lambda path: path.name)
     def test_no_path_of_the_build_machine_is_kept(self, library):
         said = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
@@ -260,6 +261,71 @@ class TestWhatWasBuilt:
         for folder in (ROOT, Path(torch.__file__).parent):
             assert f"{folder}/".encode() not in content
 
-    def test_the_module_does_not_need_torch(self):
-        said = subprocess.run(["readelf", "-d", _core.__file__], capture_output=True, text=True, check=True).stdout
-        assert "torch" not in said
+
+@pytest.fixture(scope="module")
+def check_wheel():
+    return script("check_wheel")
+
+
+@pytest.fixture(scope="module")
+def stable(check_wheel):
+    return check_wheel.stable_symbols()
+
+
+class TestCheckWheel:
+    """What the libraries ask of the machine that loads them."""
+
+    @pytest.mark.parametrize("library", [*LIBRARIES, Path(_core.__file__)], ids=lambda path: path.name)
+    def test_what_was_built_needs_the_stable_abi_alone(self, check_wheel, stable, library):
+        assert check_wheel.problems(library, stable) == []
+        used = set(check_wheel.undefined_symbols(library)) & stable
+        assert ("torch_call_dispatcher" in used) == (library in LIBRARIES)
+
+    def test_functions_newer_than_the_target_are_not_stable(self, check_wheel, stable, monkeypatch):
+        """torch's headers declare them for a later target only."""
+        assert {"torch_parallel_for", "aoti_torch_get_current_cuda_stream"} <= stable
+        header = (check_wheel.torch_include() / check_wheel.STABLE_HEADERS[0]).read_text()
+        if "TORCH_VERSION_2_11_0" not in header:
+            pytest.skip("this torch has no stable functions that are newer than 2.10")
+        monkeypatch.setattr(check_wheel, "target_version", lambda: "0x020b000000000000")
+        assert stable < check_wheel.stable_symbols()
+
+    @pytest.mark.parametrize(
+        "name,code,said",
+        [
+            (
+                "libfmd_ext_cpu.so",
+                "namespace at { void f(); } void g() { at::f(); }",
+                "uses _ZN2at1fEv, which is not of",
+            ),
+            ("libfmd_ext_cpu.so", 'extern "C" void torch_no_such(); void g() { torch_no_such(); }', "torch_no_such"),
+            (
+                "_core.x.so",
+                'extern "C" int torch_call_dispatcher(); int g() { return torch_call_dispatcher(); }',
+                "uses",
+            ),
+            ("libfmd_ext_cpu.so", "", "needs libtorch_cuda.so"),
+        ],
+    )
+    def test_what_is_wrong_is_seen(self, check_wheel, stable, tmp_path, name, code, said):
+        compiler = os.environ.get("CXX") or "c++"
+        (tmp_path / "x.cpp").write_text(code)
+        torch_cuda = tmp_path / "libtorch_cuda.so"
+        soname = "-Wl,-soname,libtorch_cuda.so"
+        subprocess.run([compiler, "-shared", soname, "-x", "c++", "/dev/null", "-o", torch_cuda], check=True)
+        linked = [] if code else ["-Wl,--no-as-needed", torch_cuda]
+        subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "x.cpp", *linked, "-o", tmp_path / name], check=True)
+        [problem] = check_wheel.problems(tmp_path / name, stable)
+        assert said in problem
+
+    def test_a_whole_wheel(self, tmp_path):
+        path = tmp_path / "fmd_ext-0-cp311-linux.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.write(_core.__file__, "fmd_ext/" + Path(_core.__file__).name)
+            wheel.write(PACKAGE / "lib" / "libfmd_ext_cpu.so", "fmd_ext/lib/libfmd_ext_cpu.so")
+        command = [sys.executable, ROOT / "scripts" / "check_wheel.py", path]
+        good = subprocess.run(command, capture_output=True, text=True)
+        assert good.returncode == 0, good.stderr
+        assert re.search(r"libfmd_ext_cpu.so: uses \d+ of \d+ functions of torch's stable ABI, 0 problems", good.stdout)
+        without_cuda = subprocess.run([*command, "--cuda"], capture_output=True, text=True)
+        assert without_cuda.returncode == 1 and "the wheel holds no libfmd_ext_cuda.so" in without_cuda.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,17 +11,11 @@ import pytest
 
 import fmd_build
 import fmd_ext
+from test_build import script
 
 LIBRARY = Path(fmd_ext.__file__).parent / "lib" / "libfmd_ext_cuda.so"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "ptxas_report.py"
 needs_nvcc = pytest.mark.skipif(fmd_build.find_nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled")
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("ptxas_report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @needs_nvcc
@@ -53,7 +46,7 @@ def test_a_spill_is_seen(tmp_path):
         "  for (int i = 0; i < 96; ++i) x[i * 7 + threadIdx.x] = v[i] * v[95 - i];\n"
         "}\n"
     )
-    [(_, registers, spills, stack)] = script().report(str(fmd_build.find_nvcc()), source, "80")
+    [(_, registers, spills, stack)] = script("ptxas_report").report(str(fmd_build.find_nvcc()), source, "80")
     assert registers <= 32 and spills > 0 and stack > 0
 
 
