@@ -8,7 +8,7 @@
 namespace fmd {
 namespace {
 
-// Branch segments are numbered like their modality. Text lives in the first branch.
+// Branch segments are numbered like their modality. Text and joint positions live in the first branch.
 int home_segment_of(Modality modality) { return modality == Modality::kAudio ? 2 : 1; }
 
 void check_bounds(const int64_t* cu_seqlens, int64_t batch) {
@@ -23,14 +23,21 @@ void check_bounds(const int64_t* cu_seqlens, int64_t batch) {
   }
 }
 
-int64_t count_home_rows(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch) {
+int64_t count_home_rows(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, Masking masking) {
   int64_t count = 0;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = cu_seqlens[b]; i < cu_seqlens[b + 1]; ++i) {
-      if (labels[i] < static_cast<int8_t>(Modality::kPadding) || labels[i] > static_cast<int8_t>(Modality::kAudio)) {
+      const auto refuse = [&](const char* why) {
         throw std::invalid_argument("labels[" + std::to_string(b) + ", " + std::to_string(i - cu_seqlens[b]) + "] is " +
-                                    std::to_string(labels[i]) +
-                                    "; a label is -1 (padding), 0 (text), 1 (visual) or 2 (audio)");
+                                    std::to_string(labels[i]) + "; " + why);
+      };
+      if (labels[i] < static_cast<int8_t>(Modality::kPadding) || labels[i] > static_cast<int8_t>(Modality::kJoint)) {
+        refuse("a label is -1 (padding), 0 (text), 1 (visual), 2 (audio) or 3 (joint)");
+      }
+      if (labels[i] == static_cast<int8_t>(Modality::kJoint) && masking == Masking::kAttention) {
+        refuse(
+            "a joint position mixes both modalities, so masking='attention' has no position to leave out of a branch; "
+            "accepted with joint positions is masking='zero'");
       }
       count += labels[i] != static_cast<int8_t>(Modality::kPadding);
     }
@@ -74,7 +81,7 @@ Plan make_plan(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, c
   check_state(batch, seg_len, trunk_len, phase);
 
   Plan plan;
-  plan.num_home = count_home_rows(labels, cu_seqlens, batch);
+  plan.num_home = count_home_rows(labels, cu_seqlens, batch, masking);
   const size_t num_home = static_cast<size_t>(plan.num_home);
   plan.seg_len.assign(seg_len, seg_len + batch * kNumSegments);
   plan.phase.assign(phase, phase + batch);

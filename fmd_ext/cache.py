@@ -12,12 +12,20 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from . import _core, ops
+from .adapters import AUDIO, JOINT, VISUAL
 from .config import FMDConfig
 from .plan import AttentionStep, StepPlan
 
 NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
 UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
 BOTH_MODALITIES = 0b11
+
+
+def modality_bits(labels: np.ndarray) -> np.ndarray:
+    """The modalities that occur in ``labels`` [batch, length], int8 [batch]: bit 1 visual, bit 2 audio, joint both."""
+    joint = (labels == JOINT).any(1)
+    visual, audio = (labels == VISUAL).any(1) | joint, (labels == AUDIO).any(1) | joint
+    return visual.astype(np.int8) | audio.astype(np.int8) << 1
 
 
 class SegmentTable:
@@ -175,7 +183,8 @@ class BranchedState:
         return self.fork_table if layer_idx < self.config.fork_layers else self.trunk_table
 
     def make_plan(self, labels: np.ndarray, announced: np.ndarray | None = None) -> StepPlan:
-        """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio).
+        """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
+        3 joint).
 
         ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
         in chunks forks like a prompt given at once. The state changes only on ``commit``, room excepted.
@@ -188,7 +197,7 @@ class BranchedState:
             self._start(batch)
         elif self.batch != batch:
             raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")
-        modalities = self.modalities | (labels == 1).any(1) | ((labels == 2).any(1).astype(np.int8) << 1)
+        modalities = self.modalities | modality_bits(labels)
         if announced is not None:
             modalities = modalities | announced
         phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)

@@ -21,13 +21,14 @@ class FMDConfig:
             0 is the untouched model. The paper's values are not public; our default is a quarter of the layers.
         masking: how a branch loses the other modality. ``"zero"`` (the paper, default): its embeddings are multiplied
             by ``mask_scale`` and stay in the sequence. ``"attention"`` (ours): its positions are absent, nobody
-            attends to them.
+            attends to them; a joint position has nothing to leave out, so it needs ``"zero"``.
         mask_scale: factor in [0, 1] on masked embeddings with ``masking="zero"``; 0 is the paper, more is soft masking.
         alpha: weight in [0, 1], at a position of a branch modality, of the branch in which it carries content; the
             branch in which it is masked gets ``1 - alpha``. One number, or ``{"visual": a, "audio": b}``. Without
             effect for ``masking="attention"``, where such a position exists in one branch only. Default 0.8: the
             paper's value for VideoLLaMA2; for other models a choice of ours.
-        text_weight: weight in [0, 1] of the visual branch at text positions, default 0.5 (a plain average).
+        text_weight: weight in [0, 1] of the visual branch at text positions and at joint ones (which mix both
+            modalities: channel-wise fusion), default 0.5 (a plain average).
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is accepted.
@@ -85,10 +86,10 @@ class FMDConfig:
         return FMDConfig(**values)
 
     @property
-    def merge_weights(self) -> tuple[float, float, float]:
-        """Home row weights (text, visual, audio) in the merge; the config must be resolved."""
+    def merge_weights(self) -> tuple[float, float, float, float]:
+        """Home row weights (text, visual, audio, joint) in the merge; the config must be resolved."""
         alpha = self.alpha if isinstance(self.alpha, Mapping) else dict.fromkeys(MODALITIES, self.alpha)
-        return (self.text_weight, alpha["visual"], alpha["audio"])
+        return (self.text_weight, alpha["visual"], alpha["audio"], self.text_weight)
 
 
 def _layer_count(value: Any) -> int:

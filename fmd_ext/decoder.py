@@ -17,10 +17,10 @@ from transformers import AttentionInterface
 from transformers.modeling_outputs import ModelOutput
 
 from . import ops
-from .adapters import AUDIO, PADDING, TEXT, VISUAL
-from .cache import adopt
+from .adapters import JOINT, PADDING, TEXT
+from .cache import adopt, modality_bits
 from .plan import StepPlan
-from .session import Session, check_labels
+from .session import UNREAD_BRANCHES, Session, check_labels
 
 ATTENTION_NAME = "fmd_ext"
 
@@ -133,8 +133,9 @@ class ForkedDecoder:
         labels, announced = self._labels(embeds, past, call.pop("modality_labels", None))
         cache, state = adopt(given, self.session.token, self.session.config, len(decoder.layers))
         _apply_padding(labels, mask, past, state)
+        branches = self._branches(embeds, labels, past, call.pop("branch_embeds", None))
         plan = state.make_plan(labels, announced)
-        call["inputs_embeds"] = self._pack_embeds(embeds, plan)
+        call["inputs_embeds"] = self._pack_embeds(embeds, branches, plan)
         call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
         call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
 
@@ -179,11 +180,29 @@ class ForkedDecoder:
         here = whole[:, past : past + length]
         labels[:, : here.shape[1]] = here
         to_come = whole[:, past + length :]
-        announced = (to_come == VISUAL).any(1) | ((to_come == AUDIO).any(1).astype(np.int8) << 1)
-        return labels, announced.astype(np.int8)
+        return labels, modality_bits(to_come)
 
-    def _pack_embeds(self, embeds: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """[batch, length, hidden] -> [1, rows, hidden], masked embeddings of away rows scaled."""
+    def _branches(self, embeds: torch.Tensor, labels: np.ndarray, past: int, given: Any) -> torch.Tensor | None:
+        """Both branches' embeddings [2, batch, n <= length, hidden] up to the last joint position; None: no such."""
+        batch, length, hidden = embeds.shape
+        joint = (labels == JOINT).any(0)
+        if not joint.any():
+            if given is not None:
+                raise ValueError(UNREAD_BRANCHES)
+            return None
+        needed = int(np.flatnonzero(joint)[-1]) + 1
+        branches = self.session.branches_for(batch, past, length) if given is None else given
+        shape = None if branches is None else list(branches.shape)
+        if shape is None or len(shape) != 4 or [*shape[:2], shape[3]] != [2, batch, hidden] or shape[2] < needed:
+            raise ValueError(
+                f"joint positions (label 3) need branch_embeds [2, {batch}, {length}, {hidden}]: this call's "
+                "embeddings with the audio masked (visual branch) and with the video masked (audio branch); "
+                f"got {shape}"
+            )
+        return branches
+
+    def _pack_embeds(self, embeds: torch.Tensor, branches: torch.Tensor | None, plan: StepPlan) -> torch.Tensor:
+        """[batch, length, hidden] -> [1, rows, hidden], masked embeddings of away rows scaled, joint ones by branch."""
         flat = embeds.reshape(-1, embeds.shape[-1])
         if plan.num_away == 0 and plan.is_dense:
             return flat[None]
@@ -191,6 +210,12 @@ class ForkedDecoder:
         if plan.num_away and self.session.config.masking == "zero":
             masked = plan.tensors.get("away_modality", flat.device) != TEXT
             packed[plan.num_home :].mul_(torch.where(masked, self.session.config.mask_scale, 1.0)[:, None].to(packed))
+        if branches is not None:
+            joint = np.flatnonzero(plan.away_modality == JOINT)
+            home = plan.home_rows[joint]
+            place = tuple(torch.from_numpy(index) for index in np.divmod(plan.positions[home], plan.length))
+            for branch, rows in zip(branches, (home, plan.num_home + joint), strict=True):
+                packed[torch.from_numpy(rows)] = branch[place].to(packed)
         return packed[None]
 
     def _pack_positions(self, given: Any, embeds: torch.Tensor, plan: StepPlan, past: int) -> torch.Tensor:

@@ -20,9 +20,12 @@ ReadLabels = Callable[[torch.Tensor, dict[str, Any] | None], torch.Tensor | None
 class _Entry:
     """Replacement of ``forward`` or ``generate`` of the module that takes token ids."""
 
-    def __init__(self, session: Session, original: Any, read_labels: ReadLabels | None) -> None:
+    def __init__(
+        self, session: Session, original: Any, read_labels: ReadLabels | None, branch_inputs: str = ""
+    ) -> None:
         self.session = session
         self.read_labels = read_labels
+        self.branch_inputs = branch_inputs
         self.original = original
         self.signature = inspect.signature(original)
 
@@ -37,7 +40,9 @@ class _Entry:
 
 
 class EntryForward(_Entry):
-    def __call__(self, module: nn.Module, *args: Any, modality_labels: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
+    ) -> Any:
         if not self.session.config.fork_layers:
             return self.original(*args, **kwargs)
         refuse_gradients(module)
@@ -51,13 +56,19 @@ class EntryForward(_Entry):
             return labels if labels is None or cache is None else _shifted(labels, cache.get_seq_length())
 
         with torch.no_grad(), self.labels(modality_labels, from_ids):
-            return self.original(*args, **kwargs)
+            if self.branch_inputs and branch_embeds is None:
+                kwargs = getattr(module, self.branch_inputs)(self.session.config.mask_scale, **call)
+                args, branch_embeds = (), kwargs.pop("branch_embeds", None)
+            with self.session.branches(branch_embeds, _cached(call)):
+                return self.original(*args, **kwargs)
 
 
 class EntryGenerate(_Entry):
     """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
 
-    def __call__(self, module: nn.Module, *args: Any, modality_labels: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
+    ) -> Any:
         call = self.arguments(args, kwargs)
 
         def from_ids() -> torch.Tensor | None:
@@ -71,8 +82,14 @@ class EntryGenerate(_Entry):
             only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
             return _shifted(labels, cache.get_seq_length()) if only_new else labels
 
-        with self.labels(modality_labels, from_ids):
+        with self.labels(modality_labels, from_ids), self.session.branches(branch_embeds, _cached(call)):
             return self.original(*args, **kwargs)
+
+
+def _cached(call: dict[str, Any]) -> int:
+    """The number of positions that the call's cache holds."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:

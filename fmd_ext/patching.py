@@ -73,7 +73,7 @@ class Handle:
             if self.config.fork_layers:
                 self._install_decoder()
             if self.entry is not self.decoder:
-                self._override(self.entry, "forward", EntryForward, self._read_labels())
+                self._override(self.entry, "forward", EntryForward, self._read_labels(), self.adapter.branch_inputs)
             if hasattr(self.entry, "generate"):
                 self._override(self.entry, "generate", EntryGenerate, self._read_labels())
             for module in {id(m): m for m in (self.model, self.entry)}.values():
@@ -144,7 +144,8 @@ def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | A
             its thinker.
         config: settings; fields left at None take the model's defaults.
         adapter: an adapter or its name, where the model's own type does not say. ``"text"`` serves any Llama- or
-            Qwen-like decoder; labels are then passed as ``modality_labels`` to ``forward`` or ``generate``.
+            Qwen-like decoder; labels are then passed as ``modality_labels`` to ``forward`` or ``generate``, and
+            ``branch_embeds`` beside ``inputs_embeds`` where labels say that positions are joint.
         **overrides: fields of `FMDConfig` that replace those of ``config``.
 
     Returns:
@@ -158,6 +159,11 @@ def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | A
     chosen = find_adapter(model, adapter)
     decoder = chosen.find_decoder(model)
     resolved = (config or FMDConfig()).replace(**overrides).resolve(chosen.defaults, len(decoder.layers))
+    if chosen.branch_inputs and resolved.masking == "attention" and resolved.fork_layers:
+        raise ValueError(
+            f"{chosen.name} mixes video and audio in every audio-visual embedding, so masking='attention' has no "
+            "position to leave out of a branch; use masking='zero', which masks a modality before the two are mixed"
+        )
     current = handle_of(model)
     if current is not None:
         if current.config == resolved and current.adapter == chosen:

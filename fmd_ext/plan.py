@@ -47,7 +47,7 @@ class StepPlan:
         num_home: rows that hold every valid position once, in batch order.
         positions: [rows] int64, row -> sample * length + position; away rows follow the home rows.
         home_rows: [away rows] int64, the home row that away row ``num_home + j`` merges into.
-        away_modality: [away rows] int64, label of that position (0 text, 1 visual, 2 audio).
+        away_modality: [away rows] int64, label of that position (0 text, 1 visual, 2 audio, 3 joint).
         fork, trunk: attention before and after the merge.
         fork_layers: number of layers before the merge.
         forked: [batch] bool, samples that are in the fork after this call.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import AUDIO, PADDING, TEXT, VISUAL, find_adapter
+from .adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, find_adapter
 from .config import FMDConfig
 
 
@@ -22,6 +22,7 @@ def reference_hidden(
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     hidden_states: bool = False,
+    branch_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """The decoder's output, after the final norm, for a padded batch.
 
@@ -29,10 +30,11 @@ def reference_hidden(
         decoder: an unpatched text decoder (``layers``, ``norm``, ``rotary_emb``).
         config: resolved settings.
         inputs_embeds: [batch, length, hidden].
-        labels: [batch, length] of -1 padding, 0 text, 1 visual, 2 audio.
+        labels: [batch, length] of -1 padding, 0 text, 1 visual, 2 audio, 3 joint.
         position_ids: [batch, length], [3, batch, length] (M-RoPE) or [4, batch, length] (text positions first).
         hidden_states: return the input of every layer instead, as `output_hidden_states` does: before the merge each
-            position's own branch (text: the visual branch), then the merged states; last the normed output.
+            position's own branch (text, joint: the visual branch), then the merged states; last the normed output.
+        branch_embeds: [2, batch, length, hidden], embeddings of joint positions in the visual and the audio branch.
 
     Returns:
         [batch, length, hidden], zero at padding; or a list of num_layers + 1 such tensors.
@@ -48,8 +50,14 @@ def reference_hidden(
     samples = []
     for b in range(batch):
         keep = labels[b] != PADDING
+        branches = None if branch_embeds is None else branch_embeds[:, b : b + 1, keep]
         states = _sample(
-            decoder, config, inputs_embeds[b : b + 1, keep], labels[b, keep], position_ids[..., b : b + 1, keep]
+            decoder,
+            config,
+            inputs_embeds[b : b + 1, keep],
+            branches,
+            labels[b, keep],
+            position_ids[..., b : b + 1, keep],
         )
         padded = inputs_embeds.new_zeros((len(states), length, inputs_embeds.shape[-1]))
         padded[:, keep] = torch.cat(states)
@@ -59,13 +67,20 @@ def reference_hidden(
 
 
 def _sample(
-    decoder: nn.Module, config: FMDConfig, embeds: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor
+    decoder: nn.Module,
+    config: FMDConfig,
+    embeds: torch.Tensor,
+    branch_embeds: torch.Tensor | None,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor,
 ) -> list[torch.Tensor]:
     """All hidden states [1, length, hidden] of one sample without padding."""
     rotary = decoder.rotary_emb(embeds, position_ids)
     length = embeds.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
-    forks = bool((labels == VISUAL).any() and (labels == AUDIO).any()) and config.fork_layers > 0
+    joint = labels == JOINT
+    both = bool((labels == VISUAL).any() and (labels == AUDIO).any()) or bool(joint.any())
+    forks = both and config.fork_layers > 0
 
     def layer(index: int, hidden: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(length, length, dtype=embeds.dtype, device=embeds.device)
@@ -80,6 +95,8 @@ def _sample(
         return states
 
     visual_branch, audio_branch = embeds.clone(), embeds.clone()
+    if joint.any():
+        visual_branch[:, joint], audio_branch[:, joint] = branch_embeds[0][:, joint], branch_embeds[1][:, joint]
     sees_visual = sees_audio = causal
     if config.masking == "zero":
         visual_branch[:, labels == AUDIO] *= config.mask_scale
@@ -108,12 +125,13 @@ def _sample(
 
 
 def merge(config: FMDConfig, labels: torch.Tensor, visual: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
-    """Token-wise fusion of the branches' hidden states [1, length, hidden], position by position."""
-    text_weight, alpha_visual, alpha_audio = config.merge_weights
+    """Fusion of the branches' hidden states [1, length, hidden], position by position."""
+    text_weight, alpha_visual, alpha_audio, joint_weight = config.merge_weights
     weight = torch.empty(labels.shape, dtype=torch.float32, device=visual.device)  # of the visual branch
     weight[labels == TEXT] = text_weight
     weight[labels == VISUAL] = 1.0 if config.masking == "attention" else alpha_visual
     weight[labels == AUDIO] = 0.0 if config.masking == "attention" else 1.0 - alpha_audio
+    weight[labels == JOINT] = joint_weight
     first_av = int((labels != TEXT).nonzero()[0])
     weight[:first_av] = 1.0  # the prefix is the same in both branches
     weight = weight[None, :, None]
@@ -121,12 +139,17 @@ def merge(config: FMDConfig, labels: torch.Tensor, visual: torch.Tensor, audio: 
 
 
 @torch.no_grad()
-def decoder_inputs(model: nn.Module, adapter: Any = None, **inputs: Any) -> dict[str, Any]:
+def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.0, **inputs: Any) -> dict[str, Any]:
     """What an unpatched model hands to its text decoder for ``inputs``, and the modality labels.
 
-    Returns a dict with ``inputs_embeds``, ``position_ids`` (or None) and ``labels`` [batch, length].
+    Returns a dict with ``inputs_embeds``, ``position_ids`` (or None) and ``labels`` [batch, length]; where positions
+    are joint also ``branch_embeds``.
     """
     chosen = find_adapter(model, adapter)
+    branch_embeds = None
+    if chosen.branch_inputs:
+        branched = getattr(chosen.find_entry(model), chosen.branch_inputs)(mask_scale, **inputs)
+        branch_embeds = branched.get("branch_embeds")
     caught: dict[str, Any] = {}
     hook = chosen.find_decoder(model).register_forward_pre_hook(
         lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
@@ -142,14 +165,15 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, **inputs: Any) -> dict
         labels = labels if found is None else found.long()
     if mask is not None:
         labels = labels.masked_fill(mask == 0, PADDING)
-    return {"inputs_embeds": embeds, "position_ids": caught.get("position_ids"), "labels": labels}
+    found = {"inputs_embeds": embeds, "position_ids": caught.get("position_ids"), "labels": labels}
+    return found if branch_embeds is None else {**found, "branch_embeds": branch_embeds}
 
 
 @torch.no_grad()
 def reference_logits(model: nn.Module, config: FMDConfig, *, adapter: Any = None, **inputs: Any) -> torch.Tensor:
     """Logits [batch, length, vocabulary] of fork-merge decoding for the ``inputs`` of a plain forward call."""
     chosen = find_adapter(model, adapter)
-    given = decoder_inputs(model, adapter, **inputs)
+    given = decoder_inputs(model, adapter, config.mask_scale, **inputs)
     hidden = reference_hidden(chosen.find_decoder(model), config, **given)
     return chosen.find_entry(model).get_output_embeddings()(hidden)
 
@@ -164,16 +188,19 @@ def reference_generate(
     """
     chosen = find_adapter(model, adapter)
     entry, decoder = chosen.find_entry(model), chosen.find_decoder(model)
-    given = decoder_inputs(model, adapter, **inputs)
+    given = decoder_inputs(model, adapter, config.mask_scale, **inputs)
     embeds, positions, labels = given["inputs_embeds"], given["position_ids"], given["labels"]
+    branches = given.get("branch_embeds")
     if positions is None:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     tokens = []
     for _ in range(max_new_tokens):
-        hidden = reference_hidden(decoder, config, embeds, labels, positions)
+        hidden = reference_hidden(decoder, config, embeds, labels, positions, branch_embeds=branches)
         token = entry.get_output_embeddings()(hidden[:, -1]).argmax(-1)
         tokens.append(token)
         embeds = torch.cat([embeds, decoder.get_input_embeddings()(token)[:, None]], dim=1)
+        if branches is not None:
+            branches = torch.cat([branches, embeds[:, -1:].expand(2, -1, -1, -1)], dim=2)
         positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
         labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), TEXT)], dim=1)
     return torch.stack(tokens, dim=1)

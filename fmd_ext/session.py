@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .adapters import AUDIO, PADDING, TEXT, VISUAL
+from .adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL
 from .config import FMDConfig
 from .plan import StepPlan
+
+UNREAD_BRANCHES = (
+    "branch_embeds are read at joint positions only (label 3, visual and audio mixed in one embedding), and the labels "
+    "have none"
+)
 
 
 class Session:
@@ -31,6 +36,7 @@ class Session:
         self.plan: StepPlan | None = None
         self.last_plan: StepPlan | None = None
         self._labels: np.ndarray | None = None
+        self._branches: tuple[torch.Tensor, int] | None = None
 
     @property
     def has_labels(self) -> bool:
@@ -53,17 +59,41 @@ class Session:
             raise ValueError(f"modality_labels are for {len(self._labels)} samples, the call has {batch}")
         return self._labels.repeat(batch // len(self._labels), axis=0)
 
+    @contextlib.contextmanager
+    def branches(self, branch_embeds: torch.Tensor | None, first: int) -> Iterator[None]:
+        """Within this context joint positions take their embeddings from ``branch_embeds`` [2, batch, n, hidden].
+
+        They belong to the n positions from ``first`` on. None leaves what is in force.
+        """
+        before = self._branches
+        if branch_embeds is not None:
+            if self._labels is None or not (self._labels == JOINT).any():
+                raise ValueError(UNREAD_BRANCHES)
+            self._branches = (branch_embeds, first)
+        try:
+            yield
+        finally:
+            self._branches = before
+
+    def branches_for(self, batch: int, past: int, length: int) -> torch.Tensor | None:
+        """Embeddings [2, batch, at most length, hidden] of a call's first positions, repeated as `labels_for` does."""
+        if self._branches is None:
+            return None
+        embeds, first = self._branches
+        here = embeds[:, :, past - first : past - first + length]
+        return here if here.shape[1] == batch else here.repeat_interleave(batch // here.shape[1], dim=1)
+
 
 def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
     """Modality labels as int8 numpy [batch, length]. Raises TypeError or ValueError saying what is accepted."""
-    accepted = "modality_labels must be whole numbers [batch, length]: 0 text, 1 visual, 2 audio, -1 padding"
+    accepted = "modality_labels must be whole numbers [batch, length]: 0 text, 1 visual, 2 audio, 3 joint, -1 padding"
     array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{accepted}; got dtype {array.dtype}")
     if array.ndim != 2 or (batch is not None and array.shape[0] != batch):
         expected = "" if batch is None else f" (batch {batch})"
         raise ValueError(f"{accepted}; got shape {list(array.shape)}{expected}")
-    unknown = np.setdiff1d(array, (PADDING, TEXT, VISUAL, AUDIO))
+    unknown = np.setdiff1d(array, (PADDING, TEXT, VISUAL, AUDIO, JOINT))
     if unknown.size:
         raise ValueError(f"{accepted}; got {unknown[:5].tolist()}")
     return array.astype(np.int8)

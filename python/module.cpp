@@ -140,7 +140,7 @@ PYBIND11_MODULE(_core, m) {
           "int64 [away rows]: the home row that away row num_home + j merges into")
       .def_property_readonly(
           "away_modality", [](py::object self) { return view(self.cast<const fmd::Plan&>().away_modality, self); },
-          "int64 [away rows]: 0 text, 1 visual, 2 audio")
+          "int64 [away rows]: 0 text, 1 visual, 2 audio, 3 joint")
       .def_readonly("fork", &fmd::Plan::fork, "RowGroups of the layers before the merge")
       .def_readonly("trunk", &fmd::Plan::trunk, "RowGroups of the layers after it")
       .def_property_readonly(
@@ -158,7 +158,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("masking"), py::arg("cu_seqlens") = py::none(),
         R"(Plans one forward call of a padded or packed batch.
 
-labels: int8 [batch, length], or packed int8 [positions]: -1 padding (anywhere), 0 text, 1 visual, 2 audio.
+labels: int8 [batch, length], or packed int8 [positions]: -1 padding (anywhere), 0 text, 1 visual, 2 audio, 3 joint
+    (visual and audio mixed in one embedding; in both branches, with masking "zero" only).
 seg_len: int64 [batch, 3]: keys cached per segment (prefix, visual branch, audio branch) in the layers before the merge.
 trunk_len: int64 [batch]: keys cached in the layers after it.
 phase: int8 [batch]: 0 unforked, 1 prefix open (forks at the first visual or audio position), 2 forked.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PADDING, TEXT, VISUAL, AUDIO = -1, 0, 1, 2
+PADDING, TEXT, VISUAL, AUDIO, JOINT = -1, 0, 1, 2, 3
 UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
 PREFIX_SEGMENT = 0
 
@@ -13,13 +13,13 @@ def is_forked(labels, start_phase, position):
         return False
     if start_phase == FORKED:
         return True
-    return any(label in (VISUAL, AUDIO) for label in labels[: position + 1])
+    return any(label in (VISUAL, AUDIO, JOINT) for label in labels[: position + 1])
 
 
 def home_segment(labels, start_phase, position):
     if not is_forked(labels, start_phase, position):
         return PREFIX_SEGMENT
-    return {TEXT: 1, VISUAL: 1, AUDIO: 2}[labels[position]]
+    return {TEXT: 1, VISUAL: 1, AUDIO: 2, JOINT: 1}[labels[position]]
 
 
 def has_away_row(labels, start_phase, position, masking):
@@ -29,7 +29,7 @@ def has_away_row(labels, start_phase, position, masking):
 
 
 def away_segment(labels, position):
-    return {TEXT: 2, VISUAL: 2, AUDIO: 1}[labels[position]]
+    return {TEXT: 2, VISUAL: 2, AUDIO: 1, JOINT: 2}[labels[position]]
 
 
 def groups(rows, start_lengths, num_segments):

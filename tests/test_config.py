@@ -30,7 +30,7 @@ def test_family_soft_masking_does_not_reach_attention_masking():
 
 def test_alpha_per_modality():
     config = FMDConfig(alpha={"audio": 1, "visual": 0.25}, text_weight=0.5).resolve(FMDConfig(), 4)
-    assert config.merge_weights == (0.5, 0.25, 1.0)
+    assert config.merge_weights == (0.5, 0.25, 1.0, 0.5)
     assert config == FMDConfig(alpha={"visual": 0.25, "audio": 1.0}).resolve(FMDConfig(), 4)
 
 

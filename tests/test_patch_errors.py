@@ -48,7 +48,7 @@ def test_a_decoder_that_turns_out_unsupported_is_not_half_patched(thinker):
     ("labels", "error", "says"),
     [
         (torch.zeros(1, 3, 1, dtype=torch.long), ValueError, r"got shape \[1, 3, 1\]"),
-        (torch.full((1, 31), 3), ValueError, r"0 text, 1 visual, 2 audio, -1 padding; got \[3\]"),
+        (torch.full((1, 31), 4), ValueError, r"0 text, 1 visual, 2 audio, 3 joint, -1 padding; got \[4\]"),
         (torch.zeros(1, 31), TypeError, "got dtype float32"),
         ([["text", "audio"]], TypeError, "got dtype"),
     ],

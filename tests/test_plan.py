@@ -9,7 +9,7 @@ import pytest
 
 import plan_twin
 from fmd_ext import _core
-from plan_twin import AUDIO, FORKED, PADDING, PREFIX_OPEN, TEXT, UNFORKED, VISUAL
+from plan_twin import AUDIO, FORKED, JOINT, PADDING, PREFIX_OPEN, TEXT, UNFORKED, VISUAL
 
 MASKINGS = ("zero", "attention")
 PHASES = (UNFORKED, PREFIX_OPEN, FORKED)
@@ -82,6 +82,15 @@ def random_state(rng, batch):
 def test_every_string_up_to_six(masking, phase):
     for labels in strings((TEXT, VISUAL, AUDIO), 6):
         assert_like_twin([labels], [[5, 3, 2]], [7], [phase], masking)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_joint_positions_are_in_both_branches(phase):
+    """Every string up to five over all labels, and what it means: after the prefix each position has two rows."""
+    for labels in strings((TEXT, VISUAL, AUDIO, JOINT), 5):
+        assert_like_twin([labels], [[5, 3, 2]], [7], [phase], "zero")
+    plan = run([[TEXT, JOINT, JOINT, TEXT]], [[0, 0, 0]], [0], [PREFIX_OPEN], "zero")
+    assert plan.seg_len.tolist() == [[1, 3, 3]] and plan.away_modality.tolist() == [JOINT, JOINT, TEXT]
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
@@ -285,7 +294,8 @@ GOOD = {
 @pytest.mark.parametrize(
     "bad,said",
     [
-        ({"labels": np.full((2, 3), 3, np.int8)}, r"labels\[0, 0\] is 3; a label is -1 \(padding\), 0 \(text\)"),
+        ({"labels": np.full((2, 3), 4, np.int8)}, r"labels\[0, 0\] is 4; a label is -1 \(padding\), 0 \(text\)"),
+        ({"labels": np.full((2, 3), 3, np.int8), "masking": "attention"}, r"labels\[0, 0\] is 3; a joint position"),
         ({"labels": np.array([[0, 0, 0], [0, -2, 0]], np.int8)}, r"labels\[1, 1\] is -2"),
         ({"labels": np.zeros((2, 3), np.int64)}, r"labels is int64 \[2, 3\], accepted is int8 \[batch, length\]"),
         ({"labels": np.zeros(3, np.int8)}, r"labels is int8 \[3\], accepted is int8 \[batch, length\]"),

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import AUDIO, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSource
+from .base import AUDIO, JOINT, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSource
 from .qwen2_5_omni import QWEN2_5_OMNI
 from .text_decoder import TEXT_DECODER
 
-__all__ = ["ADAPTERS", "AUDIO", "LABELS", "PADDING", "TEXT", "VISUAL", "Adapter", "TokenSource", "find_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "AUDIO",
+    "JOINT",
+    "LABELS",
+    "PADDING",
+    "TEXT",
+    "VISUAL",
+    "Adapter",
+    "TokenSource",
+    "find_adapter",
+]
 
 ADAPTERS: dict[str, Adapter] = {"qwen2_5_omni": QWEN2_5_OMNI, "text": TEXT_DECODER}
 

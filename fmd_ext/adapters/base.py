@@ -10,9 +10,10 @@ from torch import nn
 
 from ..config import FMDConfig
 
-# Labels of positions, as the planner and every `modality_labels` argument use them.
-PADDING, TEXT, VISUAL, AUDIO = -1, 0, 1, 2
-LABELS = {"text": TEXT, "visual": VISUAL, "audio": AUDIO}
+# Labels of positions, as the planner and every `modality_labels` argument use them. A joint position mixes visual and
+# audio features in one embedding (channel-wise fusion): it is in both branches, with an embedding for each.
+PADDING, TEXT, VISUAL, AUDIO, JOINT = -1, 0, 1, 2, 3
+LABELS = {"text": TEXT, "visual": VISUAL, "audio": AUDIO, "joint": JOINT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class TokenSource:
     """A placeholder token and the inputs whose features replace it.
 
     Args:
-        modality: ``"visual"`` or ``"audio"``.
+        modality: ``"visual"``, ``"audio"`` or ``"joint"``.
         token_id: name of the config attribute that holds the placeholder's id.
         inputs: forward arguments that bring the features. ``"a.b"`` means key ``b`` of the dict argument ``a``. A
             placeholder without any of them in the call is an ordinary token, such as a generated one.
@@ -55,6 +56,10 @@ class Adapter:
         sources: placeholder tokens of the branch modalities; none means that labels are always given by hand.
         defaults: settings for this family where they differ from the package's.
         attention: attribute of a decoder layer that holds its attention module.
+        branch_inputs: for channel-wise fusion, the entry's method that masks a modality before the two are joined.
+            It takes ``mask_scale`` and the arguments of ``forward`` and returns those arguments with the features
+            replaced by ``inputs_embeds`` [batch, length, hidden] and ``branch_embeds`` [2, batch, length, hidden]
+            (visual branch, audio branch).
     """
 
     name: str
@@ -64,6 +69,7 @@ class Adapter:
     sources: tuple[TokenSource, ...] = ()
     defaults: FMDConfig = FMDConfig()
     attention: str = "self_attn"
+    branch_inputs: str = ""
 
     def find_entry(self, model: nn.Module) -> nn.Module:
         return _first(model, self.entry, "forward")

@@ -75,7 +75,7 @@ class TwoPasses:
             layers(embeds.masked_fill((labels == masked)[..., None], 0.0), cache, 0, fork_layers)
             for masked, cache in zip((AUDIO, VISUAL), caches, strict=True)
         ]
-        text_weight, alpha_visual, alpha_audio = self.config.merge_weights
+        text_weight, alpha_visual, alpha_audio, _ = self.config.merge_weights
         weight = torch.full(labels.shape, text_weight, device=embeds.device)
         weight = weight.masked_fill(labels == VISUAL, alpha_visual).masked_fill(labels == AUDIO, 1 - alpha_audio)
         weight = weight[..., None].to(embeds.dtype)

@@ -19,10 +19,11 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fmd_ext.adapters import AUDIO, LABELS, PADDING, TEXT, find_adapter
+from fmd_ext.adapters import AUDIO, JOINT, LABELS, PADDING, TEXT, find_adapter
 from fmd_ext.patching import handle_of
 from fmd_ext.plan import StepPlan
 
+SHARES = ("text", "visual", "audio")
 PROBE_NAME = "fmd_ext_probe"
 _RECORDER = "_fmd_recorder"
 
@@ -64,7 +65,7 @@ class AttentionShare:
         for layer in chosen:
             rows_of[layer.layer] += 1
         return {
-            name: sum(getattr(layer, name) / rows_of[layer.layer] for layer in chosen) / len(rows_of) for name in LABELS
+            name: sum(getattr(layer, name) / rows_of[layer.layer] for layer in chosen) / len(rows_of) for name in SHARES
         }
 
 
@@ -83,7 +84,8 @@ def attention_share(model: nn.Module, inputs: dict[str, Any], position: int = -1
         branch keeps but with scaled or zeroed embedding still counts for its position's modality.
 
     Raises:
-        ValueError: more than one sample, a position outside the sample or on padding, or inputs without labels.
+        ValueError: more than one sample, a position outside the sample or on padding, inputs without labels, or joint
+            positions, whose share belongs to no single modality.
     """
     handle = handle_of(model)
     adapter = handle.adapter if handle is not None else find_adapter(model)
@@ -110,6 +112,11 @@ def _labels(model: nn.Module, adapter: Any, inputs: dict[str, Any]) -> np.ndarra
         raise ValueError("inputs hold neither input_ids nor modality_labels, so no position has a modality")
     if labels.shape[0] != 1:
         raise ValueError(f"attention is measured for one sample at a time, got {labels.shape[0]}")
+    if (labels == JOINT).any():
+        raise ValueError(
+            "the sample has joint positions (label 3), which mix both modalities: their attention cannot be divided "
+            "between visual and audio"
+        )
     mask = inputs.get("attention_mask")
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, PADDING)
@@ -169,7 +176,7 @@ class _Recorder:
     def _add(self, layer: int, branch: str, weights: torch.Tensor, labels: np.ndarray) -> None:
         weights = weights.numpy()
         self.shares.append(
-            LayerShare(layer, branch, **{name: float(weights[labels == label].sum()) for name, label in LABELS.items()})
+            LayerShare(layer, branch, **{name: float(weights[labels == LABELS[name]].sum()) for name in SHARES})
         )
 
 

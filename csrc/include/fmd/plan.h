@@ -6,7 +6,9 @@
 
 namespace fmd {
 
-enum class Modality : int8_t { kPadding = -1, kText = 0, kVisual = 1, kAudio = 2 };
+// A joint position mixes visual and audio features in one embedding, with one modality or the other masked before they
+// were mixed: it is in both branches.
+enum class Modality : int8_t { kPadding = -1, kText = 0, kVisual = 1, kAudio = 2, kJoint = 3 };
 enum class Masking : int32_t { kZero = 0, kAttention = 1 };
 
 // How far a sample is on its way into the fork. A sample that never forks keeps all its keys in the prefix segment.
@@ -49,7 +51,8 @@ struct Plan {
 // [batch, kNumSegments] keys per segment in the fork layers, trunk_len [batch] keys in the layers after the merge,
 // phase [batch]. The caller moves a sample from kUnforked to kPrefixOpen when it knows that both branch modalities
 // will occur; the planner moves it on to kForked at the first position with a branch modality.
-// Throws std::invalid_argument for an unknown label or phase, a negative length, or falling cu_seqlens.
+// Throws std::invalid_argument for an unknown label or phase, a negative length, falling cu_seqlens, or a joint
+// position with Masking::kAttention: there is no position that a branch could do without.
 Plan make_plan(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, const int64_t* seg_len,
                const int64_t* trunk_len, const int8_t* phase, Masking masking);
 
