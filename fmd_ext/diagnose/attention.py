@@ -6,26 +6,19 @@ implementation will do and no [length, length] matrix is made.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fmd_ext.adapters import AUDIO, JOINT, LABELS, PADDING, TEXT, find_adapter
+from fmd_ext.interception import intercepting
 from fmd_ext.patching import handle_of
 from fmd_ext.plan import StepPlan
 
 SHARES = ("text", "visual", "audio")
-PROBE_NAME = "fmd_ext_probe"
-_RECORDER = "_fmd_recorder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +89,7 @@ def attention_share(model: nn.Module, inputs: dict[str, Any], position: int = -1
     recorder = _Recorder(labels, position % length)
     if handle is None:
         inputs = {name: value for name, value in inputs.items() if name != "modality_labels"}
-    with _probing(adapter.find_decoder(model), adapter.attention, recorder):
+    with intercepting(adapter.find_decoder(model), adapter.attention, recorder):
         adapter.find_entry(model)(**inputs, use_cache=False)
     return AttentionShare(tuple(recorder.shares))
 
@@ -128,6 +121,15 @@ class _Recorder:
         self.labels = labels
         self.position = position
         self.shares: list[LayerShare] = []
+
+    def __call__(self, attend: Any, module: nn.Module, query: Any, key: Any, value: Any, mask: Any, scale: float, **kw):
+        """Records, then does what the module's own attention function does; see `intercepting`."""
+        plan = kw.get("fmd_plan")
+        if plan is not None:
+            self.packed(module.layer_idx, query, key, plan, scale)
+        else:
+            self.dense(module.layer_idx, query, key, mask, scale)
+        return attend(module, query, key, value, mask, scaling=scale, **kw)
 
     def dense(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: Any, scaling: float) -> None:
         """query [1, num_qo_heads, N, head_dim], key [1, num_kv_heads, N, head_dim], mask [1, 1, N, N] or None."""
@@ -195,50 +197,3 @@ def _row_weights(
     if bias is not None:
         scores = scores + bias.index_select(1, slots).float()
     return scores.softmax(dim=-1).mean(dim=0).cpu()
-
-
-def _probe(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function that records, then does what the module's own does."""
-    recorder, original = module.__dict__[_RECORDER]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    plan = kwargs.get("fmd_plan")
-    if plan is not None:
-        recorder.packed(module.layer_idx, query, key, plan, scale)
-    else:
-        recorder.dense(module.layer_idx, query, key, attention_mask, scale)
-    return original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-AttentionInterface.register(PROBE_NAME, _probe)
-
-
-@contextlib.contextmanager
-def _probing(decoder: nn.Module, attribute: str, recorder: _Recorder) -> Iterator[None]:
-    """Within this context the decoder's attention modules call `_probe`; afterwards they are as they were."""
-    modules = [getattr(layer, attribute) for layer in decoder.layers]
-    before = [module.config for module in modules]
-    try:
-        for module, config in zip(modules, before, strict=True):
-            module.__dict__[_RECORDER] = (recorder, _attention_function(module))
-            probed = copy.copy(config)
-            probed._attn_implementation_internal = PROBE_NAME
-            module.config = probed
-        yield
-    finally:
-        for module, config in zip(modules, before, strict=True):
-            module.config = config
-            module.__dict__.pop(_RECORDER, None)
-
-
-def _attention_function(module: nn.Module) -> Callable[..., Any]:
-    """The function that the module would call: transformers keeps the eager one beside the model's code."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import fmd_ext
+from fmd_ext import baselines
 from fmd_ext.config import FMDConfig
 
 Apply = Callable[..., contextlib.AbstractContextManager[Mapping[str, Any]]]
@@ -114,6 +116,17 @@ def _fork_merge(masking: str | None) -> Apply:
     return apply
 
 
+def _baseline(context: Callable[..., contextlib.AbstractContextManager[Any]]) -> Apply:
+    defaults = {p.name: p.default for p in list(inspect.signature(context).parameters.values())[1:]}
+
+    @contextlib.contextmanager
+    def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
+        with context(model, **settings):
+            yield {**defaults, **settings}
+
+    return apply
+
+
 _FMD_SETTINGS = {
     "fork_layers": "decoder layers that run once per branch",
     "masking": "zero or attention: how a branch loses the other modality",
@@ -140,6 +153,43 @@ METHODS: dict[str, Method] = {
             "fork-merge decoding, attention masking (ours)",
             "attention",
             ("masking", "mask_scale", "alpha"),
+        ),
+        Method(
+            "vcd",
+            "visual contrastive decoding: contrast with a noised video",
+            "Leng et al., arXiv 2311.16922; fmd_ext/baselines/vcd.py says what differs",
+            _baseline(baselines.vcd),
+            {
+                "contrast": "its strength",
+                "beta": "plausibility of a token, relative to the likeliest",
+                "noise_step": "0 to 999: how far the features are diffused",
+                "modalities": 'which features: ("visual",), ("audio",) or ("visual", "audio")',
+                "seed": "of the noise",
+            },
+        ),
+        Method(
+            "avcd",
+            "audio-visual contrastive decoding: contrast with the less dominant modalities hidden",
+            "Jung et al., arXiv 2505.20862; fmd_ext/baselines/avcd.py says what differs",
+            _baseline(baselines.avcd),
+            {
+                "contrast": "its strength",
+                "beta": "plausibility of a token, relative to the likeliest",
+                "min_entropy": "in nats: steps below it are decoded plainly",
+            },
+        ),
+        Method(
+            "pai",
+            "attention reweighting: attention to the clip raised, contrast with a run without it",
+            "Liu et al., arXiv 2407.21771; fmd_ext/baselines/pai.py says what differs",
+            _baseline(baselines.pai),
+            {
+                "boost": "how much attention scores are raised, relative to themselves",
+                "gamma": "strength of the contrast; 1: none",
+                "beta": "plausibility of a token, relative to the likeliest",
+                "first_layer": "the layers before it are left alone",
+                "modalities": 'whose positions are raised: ("visual",), ("audio",) or both',
+            },
         ),
     )
 }
