@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_outputs import ModelOutput
 
 from . import ops
-from .adapters import JOINT, PADDING, TEXT
+from .adapters import JOINT, PADDING, TEXT, Adapter
 from .cache import adopt, modality_bits
 from .plan import StepPlan
 from .session import UNREAD_BRANCHES, Session, check_labels
@@ -291,7 +291,7 @@ def branched_config(config: Any) -> Any:
     return branched
 
 
-def refuse_unsupported(decoder: nn.Module, attention: str) -> None:
+def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
     """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
     layer_types = getattr(decoder.config, "layer_types", None) or []
     other = sorted(set(layer_types) - {"full_attention"})
@@ -305,10 +305,16 @@ def refuse_unsupported(decoder: nn.Module, attention: str) -> None:
         )
     if getattr(decoder.config, "attn_logit_softcapping", None):
         raise TypeError(f"{type(decoder).__name__} caps its attention logits, which is not supported")
+    takes_features = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
+    if takes_features and not hasattr(decoder, adapter.deepstack):
+        raise TypeError(
+            f"{type(decoder).__name__} adds visual features to early hidden states, but not in a method "
+            f"{adapter.deepstack!r}: name the method in the adapter's deepstack"
+        )
     for index, layer in enumerate(decoder.layers):
-        module = getattr(layer, attention, None)
+        module = getattr(layer, adapter.attention, None)
         if module is None or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
             raise TypeError(
-                f"layer {index} of {type(decoder).__name__} has no attention module {attention!r} with config and "
-                "layer_idx, as transformers' decoders have"
+                f"layer {index} of {type(decoder).__name__} has no attention module {adapter.attention!r} with config "
+                "and layer_idx, as transformers' decoders have"
             )

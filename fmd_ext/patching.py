@@ -13,6 +13,7 @@ from torch import nn
 from .adapters import Adapter, find_adapter
 from .config import FMDConfig
 from .decoder import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
+from .deepstack import PackedDeepstack
 from .entry import EntryForward, EntryGenerate, ReadLabels
 from .plan import StepPlan
 from .session import Session
@@ -87,9 +88,11 @@ class Handle:
 
     def _install_decoder(self) -> None:
         decoder = self.decoder
-        refuse_unsupported(decoder, self.adapter.attention)
+        refuse_unsupported(decoder, self.adapter)
         fork_layers = self.config.fork_layers
         self._override(decoder, "forward", ForkedDecoder)
+        if hasattr(decoder, self.adapter.deepstack):
+            self._override(decoder, self.adapter.deepstack, PackedDeepstack)
         for module in (decoder, *(getattr(layer, self.adapter.attention) for layer in decoder.layers)):
             self._set(module, "config", branched_config(module.config))
         merge = MergeHook(self.session)

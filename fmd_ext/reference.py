@@ -5,6 +5,7 @@ Slow and obvious. Everything else in the package is tested against it; it import
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def reference_hidden(
     position_ids: torch.Tensor | None = None,
     hidden_states: bool = False,
     branch_embeds: torch.Tensor | None = None,
+    deepstack: torch.Tensor | None = None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """The decoder's output, after the final norm, for a padded batch.
 
@@ -32,9 +34,12 @@ def reference_hidden(
         inputs_embeds: [batch, length, hidden].
         labels: [batch, length] of -1 padding, 0 text, 1 visual, 2 audio, 3 joint.
         position_ids: [batch, length], [3, batch, length] (M-RoPE) or [4, batch, length] (text positions first).
-        hidden_states: return the input of every layer instead, as `output_hidden_states` does: before the merge each
-            position's own branch (text, joint: the visual branch), then the merged states; last the normed output.
+        hidden_states: return the embeddings and every layer's output instead, as `output_hidden_states` does: before
+            the merge each position's own branch (text, joint: the visual branch), then the merged states; last the
+            normed output. Deep-stack features added to an output are not part of it, nor is a merge that follows them.
         branch_embeds: [2, batch, length, hidden], embeddings of joint positions in the visual and the audio branch.
+        deepstack: [layers, batch, length, hidden], added to the outputs of the first layers; zero where a position
+            has no visual features.
 
     Returns:
         [batch, length, hidden], zero at padding; or a list of num_layers + 1 such tensors.
@@ -58,6 +63,7 @@ def reference_hidden(
             branches,
             labels[b, keep],
             position_ids[..., b : b + 1, keep],
+            [] if deepstack is None else deepstack[:, b : b + 1, keep],
         )
         padded = inputs_embeds.new_zeros((len(states), length, inputs_embeds.shape[-1]))
         padded[:, keep] = torch.cat(states)
@@ -73,6 +79,7 @@ def _sample(
     branch_embeds: torch.Tensor | None,
     labels: torch.Tensor,
     position_ids: torch.Tensor,
+    deepstack: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """All hidden states [1, length, hidden] of one sample without padding."""
     rotary = decoder.rotary_emb(embeds, position_ids)
@@ -87,11 +94,15 @@ def _sample(
         mask.masked_fill_(~visible, torch.finfo(embeds.dtype).min)
         return decoder.layers[index](hidden, attention_mask=mask[None, None], position_embeddings=rotary)
 
+    def features(index: int, scale: float = 1.0) -> torch.Tensor | float:
+        return scale * deepstack[index] if index < len(deepstack) else 0.0
+
     if not forks:
-        states = [embeds]
+        states, hidden = [embeds], embeds
         for index in range(len(decoder.layers)):
-            states.append(layer(index, states[-1], causal))
-        states[-1] = decoder.norm(states[-1])
+            states.append(layer(index, hidden, causal))
+            hidden = states[-1] + features(index)
+        states[-1] = decoder.norm(hidden)
         return states
 
     visual_branch, audio_branch = embeds.clone(), embeds.clone()
@@ -116,11 +127,16 @@ def _sample(
         visual_branch = layer(index, visual_branch, sees_visual)
         audio_branch = layer(index, audio_branch, sees_audio)
         states.append(home(visual_branch, audio_branch))
+        visual_branch = visual_branch + features(index)
+        audio_branch = audio_branch + features(index, config.mask_scale)
 
-    states[-1] = merge(config, labels, visual_branch, audio_branch)
+    hidden = merge(config, labels, visual_branch, audio_branch)
+    if config.fork_layers > len(deepstack):
+        states[-1] = hidden
     for index in range(config.fork_layers, len(decoder.layers)):
-        states.append(layer(index, states[-1], causal))
-    states[-1] = decoder.norm(states[-1])
+        states.append(layer(index, hidden, causal))
+        hidden = states[-1] + features(index)
+    states[-1] = decoder.norm(hidden)
     return states
 
 
@@ -143,7 +159,7 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.
     """What an unpatched model hands to its text decoder for ``inputs``, and the modality labels.
 
     Returns a dict with ``inputs_embeds``, ``position_ids`` (or None) and ``labels`` [batch, length]; where positions
-    are joint also ``branch_embeds``.
+    are joint also ``branch_embeds``, where the decoder adds features also ``deepstack``.
     """
     chosen = find_adapter(model, adapter)
     branch_embeds = None
@@ -166,7 +182,14 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.
     if mask is not None:
         labels = labels.masked_fill(mask == 0, PADDING)
     found = {"inputs_embeds": embeds, "position_ids": caught.get("position_ids"), "labels": labels}
-    return found if branch_embeds is None else {**found, "branch_embeds": branch_embeds}
+    if branch_embeds is not None:
+        found["branch_embeds"] = branch_embeds
+    if caught.get("deepstack_visual_embeds") is not None:
+        features, where = caught["deepstack_visual_embeds"], caught["visual_pos_masks"]
+        found["deepstack"] = embeds.new_zeros((len(features), *embeds.shape))
+        for layer, added in enumerate(features):
+            found["deepstack"][layer, where] = added.to(embeds.dtype)
+    return found
 
 
 @torch.no_grad()
@@ -190,12 +213,14 @@ def reference_generate(
     entry, decoder = chosen.find_entry(model), chosen.find_decoder(model)
     given = decoder_inputs(model, adapter, config.mask_scale, **inputs)
     embeds, positions, labels = given["inputs_embeds"], given["position_ids"], given["labels"]
-    branches = given.get("branch_embeds")
+    branches, deepstack = given.get("branch_embeds"), given.get("deepstack")
     if positions is None:
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     tokens = []
     for _ in range(max_new_tokens):
-        hidden = reference_hidden(decoder, config, embeds, labels, positions, branch_embeds=branches)
+        hidden = reference_hidden(
+            decoder, config, embeds, labels, positions, branch_embeds=branches, deepstack=deepstack
+        )
         token = entry.get_output_embeddings()(hidden[:, -1]).argmax(-1)
         tokens.append(token)
         embeds = torch.cat([embeds, decoder.get_input_embeddings()(token)[:, None]], dim=1)
@@ -203,4 +228,6 @@ def reference_generate(
             branches = torch.cat([branches, embeds[:, -1:].expand(2, -1, -1, -1)], dim=2)
         positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
         labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), TEXT)], dim=1)
+        if deepstack is not None:
+            deepstack = nn.functional.pad(deepstack, (0, 0, 0, 1))
     return torch.stack(tokens, dim=1)

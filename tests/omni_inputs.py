@@ -1,4 +1,4 @@
-"""Inputs of a tiny Qwen2.5-Omni thinker made from a script of pieces, without a processor.
+"""Inputs of a tiny Qwen2.5-Omni or Qwen3-Omni thinker made from a script of pieces, without a processor.
 
 A sample is a list of pieces: ``("text", n)``, ``("image", (h, w))``, ``("video", (t, h, w))``,
 ``("audio", mel_frames)``, and ``("both", (t, h, w), mel_frames)`` for a video with its sound interleaved. Grids count
@@ -7,11 +7,13 @@ patches, of which 2 x 2 make a token.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 
 from fmd_ext.tiny import TOKEN_IDS
 
-PATCH_VALUES = 3 * 2 * 14 * 14  # channels, frames and pixels of one patch
 NUM_MEL_BINS = 32
 FIRST_WORD = 20
 
@@ -20,8 +22,35 @@ def audio_tokens(mel_frames: int) -> int:
     return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1
 
 
-def build_inputs(samples: list[list[tuple]], seed: int = 0, padding: str = "left") -> dict[str, object]:
+def qwen3_audio_tokens(mel_frames: int) -> int:
+    """Three convolutions of stride 2 over chunks of 100 mel frames: 13 tokens for a whole chunk."""
+    chunks, rest = divmod(mel_frames, 100)
+    for _ in range(3):
+        rest = (rest + 1) // 2
+    return 13 * chunks + rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a family's inputs look like: pixels of a patch's side, tokens of a sound."""
+
+    patch_size: int
+    audio_tokens: Callable[[int], int]
+
+    @property
+    def patch_values(self) -> int:
+        return 3 * 2 * self.patch_size**2  # channels, frames and pixels of one patch
+
+
+QWEN2_5 = Family(14, audio_tokens)
+QWEN3 = Family(16, qwen3_audio_tokens)
+
+
+def build_inputs(
+    samples: list[list[tuple]], seed: int = 0, padding: str = "left", family: Family = QWEN2_5
+) -> dict[str, object]:
     """Forward arguments of the thinker for a batch of ``samples``."""
+    audio_tokens, patch_values = family.audio_tokens, family.patch_values
     draw = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
     images, videos, audios = [], [], []
@@ -61,10 +90,10 @@ def build_inputs(samples: list[list[tuple]], seed: int = 0, padding: str = "left
     inputs: dict[str, object] = {"input_ids": input_ids, "attention_mask": mask}
     if images:
         inputs["image_grid_thw"] = torch.tensor(images)
-        inputs["pixel_values"] = torch.randn(sum(h * w for _, h, w in images), PATCH_VALUES, generator=draw)
+        inputs["pixel_values"] = torch.randn(sum(h * w for _, h, w in images), patch_values, generator=draw)
     if videos:
         inputs["video_grid_thw"] = torch.tensor(videos)
-        inputs["pixel_values_videos"] = torch.randn(sum(t * h * w for t, h, w in videos), PATCH_VALUES, generator=draw)
+        inputs["pixel_values_videos"] = torch.randn(sum(t * h * w for t, h, w in videos), patch_values, generator=draw)
         inputs["video_second_per_grid"] = torch.full((len(videos),), 1.0)
     if audios:
         frames = torch.tensor(audios)

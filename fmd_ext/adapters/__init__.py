@@ -6,6 +6,7 @@ from torch import nn
 
 from .base import AUDIO, JOINT, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSource
 from .qwen2_5_omni import QWEN2_5_OMNI
+from .qwen3_omni import QWEN3_OMNI
 from .text_decoder import TEXT_DECODER
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
     "find_adapter",
 ]
 
-ADAPTERS: dict[str, Adapter] = {"qwen2_5_omni": QWEN2_5_OMNI, "text": TEXT_DECODER}
+ADAPTERS: dict[str, Adapter] = {"qwen2_5_omni": QWEN2_5_OMNI, "qwen3_omni": QWEN3_OMNI, "text": TEXT_DECODER}
 
 
 def find_adapter(model: nn.Module, adapter: str | Adapter | None = None) -> Adapter:

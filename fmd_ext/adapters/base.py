@@ -56,6 +56,8 @@ class Adapter:
         sources: placeholder tokens of the branch modalities; none means that labels are always given by hand.
         defaults: settings for this family where they differ from the package's.
         attention: attribute of a decoder layer that holds its attention module.
+        deepstack: method of the decoders that add visual features to the hidden states after early layers. It takes the
+            hidden states, a bool mask [batch, length] of the visual positions, and features [visual positions, hidden].
         branch_inputs: for channel-wise fusion, the entry's method that masks a modality before the two are joined.
             It takes ``mask_scale`` and the arguments of ``forward`` and returns those arguments with the features
             replaced by ``inputs_embeds`` [batch, length, hidden] and ``branch_embeds`` [2, batch, length, hidden]
@@ -69,6 +71,7 @@ class Adapter:
     sources: tuple[TokenSource, ...] = ()
     defaults: FMDConfig = FMDConfig()
     attention: str = "self_attn"
+    deepstack: str = "_deepstack_process"
     branch_inputs: str = ""
 
     def find_entry(self, model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    PreTrainedModel,
     Qwen2_5OmniConfig,
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
@@ -158,7 +159,7 @@ def tiny_thinker(seed: int = 0, **dims: int) -> Qwen2_5OmniThinkerForConditional
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5OmniThinkerForConditionalGeneration(tiny_thinker_config(**dims))
-    _set_generation_tokens(model)
+    set_generation_tokens(model)
     return model.eval()
 
 
@@ -167,7 +168,7 @@ def tiny_omni(seed: int = 0, **thinker_dims: int) -> Qwen2_5OmniForConditionalGe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5OmniForConditionalGeneration(tiny_omni_config(**thinker_dims))
-    _set_generation_tokens(model.thinker)
+    set_generation_tokens(model.thinker)
     model.speaker_map = speaker_map(seed)
     return model.eval()
 
@@ -188,6 +189,7 @@ def speaker_map(seed: int = 0) -> dict[str, dict[str, object]]:
     }
 
 
-def _set_generation_tokens(thinker: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
+def set_generation_tokens(thinker: PreTrainedModel) -> None:
+    """Padding and end of turn, which a downloaded model's generation settings would name."""
     thinker.generation_config.pad_token_id = TOKEN_IDS["pad_token"]
     thinker.generation_config.eos_token_id = TOKEN_IDS["im_end_token"]
