@@ -1,0 +1,42 @@
+"""What a benchmark asks: one item per question, with everything that scoring needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+KINDS = ("yes-no", "choice", "word", "caption")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question about one video.
+
+    Args:
+        id: unique within its benchmark, and the same whenever the same files are read.
+        video: name of the video. Items of one video are one cluster in the statistics.
+        path: the media file; None where it is missing.
+        question: as published, placeholders filled in.
+        kind: ``"yes-no"``, ``"choice"`` (answer: a letter), ``"word"`` (answer: one of ``options``) or ``"caption"``.
+        answer: the right one, normalised as `parsing` normalises what a model says; of a caption the reference.
+        options: texts of the choices in the order of their letters; of a ``word`` item all answers there are.
+        categories: for the tables, such as ``{"task": "AV Matching"}``.
+        prompt: what the model is asked, filled in by `benchmarks.load`.
+        subtitles: of the video, where they are asked for.
+    """
+
+    id: str
+    video: str
+    path: Path | None
+    question: str
+    kind: str
+    answer: str
+    options: tuple[str, ...] = ()
+    categories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prompt: str = ""
+    subtitles: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
