@@ -4,13 +4,45 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from fmd_ext.media import Clip
+from fmd_ext.media import Clip, load_clip
 
 SYSTEM_PROMPT = "You are a helpful assistant."
+
+
+@runtime_checkable
+class ClipProcessor(Protocol):
+    """What a processor of our own (`fmd_ext.models`) offers, so that every function of this module serves its model.
+
+    Attributes:
+        tokenizer: of the text.
+        clip_arguments: arguments of `load_clip` that read a clip as the model wants it, such as ``num_frames``.
+    """
+
+    tokenizer: Any
+    clip_arguments: dict[str, Any]
+
+    def render(self, clips: Sequence[Clip], question: str, system_prompt: str | None) -> str:
+        """The prompt up to the answer, by the model's template, one placeholder per clip (or per part of it)."""
+
+    def prepare_clips(
+        self,
+        conversations: Sequence[tuple[Sequence[Clip], str]],
+        *,
+        use_audio_in_video: bool,
+        system_prompt: str | None,
+        frame_pixels: tuple[int, int] | None,
+    ) -> dict[str, Any]:
+        """The inputs of `prepare_batch`. An option that the model does not know is a ValueError, never left out."""
+
+
+def load_clip_for(processor: Any, path: str | Path, **arguments: Any) -> Clip:
+    """`load_clip` as the processor's model wants it; what the model leaves open comes from ``arguments``."""
+    return load_clip(path, **{**arguments, **getattr(processor, "clip_arguments", {})})
 
 
 def prepare_inputs(
@@ -19,26 +51,26 @@ def prepare_inputs(
     question: str,
     *,
     use_audio_in_video: bool = False,
-    system_prompt: str = SYSTEM_PROMPT,
+    system_prompt: str | None = None,
     frame_pixels: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The inputs of one conversation about one or several clips; ``model.generate(**inputs)`` answers it.
 
     Args:
-        processor: of a Qwen2.5-Omni model.
+        processor: of a Qwen2.5-Omni model, or a `ClipProcessor`.
         clips: what the question is about; none of them is a question without a clip.
         question: of the user, not empty.
         use_audio_in_video: interleave picture and sound of each clip in time, as the model's own name says, instead
             of all picture first and all sound after it. A clip that lacks one of them has nothing to interleave.
-        system_prompt: first turn of the conversation.
+        system_prompt: first turn of the conversation; None: the one that the model was trained with.
         frame_pixels: least and most pixels to which a frame is scaled; None leaves it to the processor. The number
             of visual tokens follows from it: one for 28 x 28 pixels of every two frames.
 
     Returns:
-        input_ids and attention_mask int64 [1, N]; for clips with picture pixel_values_videos float32
-        [patches, 1176], video_grid_thw int64 [clips, 3] and video_second_per_grid float32 [clips]; for clips with
-        sound input_features float32 [clips, mel, frames] and feature_attention_mask [clips, frames]; and
-        use_audio_in_video, true, where picture and sound are interleaved.
+        The inputs by name, with input_ids and attention_mask int64 [1, N]. For Qwen2.5-Omni: for clips with picture
+        pixel_values_videos float32 [patches, 1176], video_grid_thw int64 [clips, 3] and video_second_per_grid float32
+        [clips]; for clips with sound input_features float32 [clips, mel, frames] and feature_attention_mask
+        [clips, frames]; and use_audio_in_video, true, where picture and sound are interleaved.
 
     Raises:
         ValueError: an empty question; clips of different frame rates; clips with and without sound together when
@@ -59,10 +91,19 @@ def prepare_batch(
     conversations: Sequence[tuple[Sequence[Clip], str]],
     *,
     use_audio_in_video: bool = False,
-    system_prompt: str = SYSTEM_PROMPT,
+    system_prompt: str | None = None,
     frame_pixels: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Like prepare_inputs for several conversations (clips, question), padded on the tokenizer's side."""
+    for _, question in conversations:
+        _check_question(question)
+    if isinstance(processor, ClipProcessor):
+        return processor.prepare_clips(
+            conversations,
+            use_audio_in_video=use_audio_in_video,
+            system_prompt=system_prompt,
+            frame_pixels=frame_pixels,
+        )
     texts, clips = [], []
     for own_clips, question in conversations:
         texts.append(_render(processor, own_clips, question, use_audio_in_video, system_prompt))
@@ -115,14 +156,21 @@ def last_question_token(processor: Any, question: str) -> int:
 
     What follows the question in the prompt is the chat template's: the end of the turn and the opening of the answer.
     """
-    prompt = _render(processor, [], question, False, SYSTEM_PROMPT)
+    _check_question(question)
+    if isinstance(processor, ClipProcessor):
+        prompt = processor.render([], question, None)
+    else:
+        prompt = _render(processor, [], question, False, None)
     tail = prompt.rpartition(question)[2]
     return -1 - len(processor.tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
-def _render(processor: Any, clips: Sequence[Clip], question: str, interleave: bool, system_prompt: str) -> str:
+def _check_question(question: str) -> None:
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question is empty: {question!r}")
+
+
+def _render(processor: Any, clips: Sequence[Clip], question: str, interleave: bool, system_prompt: str | None) -> str:
     parts: list[dict[str, str]] = []
     for clip in clips:
         if clip.frames is not None:
@@ -132,7 +180,7 @@ def _render(processor: Any, clips: Sequence[Clip], question: str, interleave: bo
             parts.append({"type": "audio"})
     parts.append({"type": "text", "text": question})
     conversation = [
-        {"role": "system", "content": [{"type": "text", "text": system_prompt}]},
+        {"role": "system", "content": [{"type": "text", "text": system_prompt or SYSTEM_PROMPT}]},
         {"role": "user", "content": parts},
     ]
     return processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)

@@ -66,18 +66,22 @@ def load_clip(
     *,
     fps: float = 2.0,
     max_frames: int = 768,
+    num_frames: int | None = None,
     sampling_rate: int = 16000,
     max_pixels: int = 1_000_000,
     progress: bool = True,
 ) -> Clip:
     """Decodes a clip and keeps one frame every ``1 / fps`` seconds: the one that a player would show at that time.
 
+    With ``num_frames`` it keeps the frames in the middle of so many equal parts of the picture, counted in frames.
     Only the sampled frames are kept, so memory does not grow with the frame rate of the file.
 
     Args:
         path: a video or audio file of any format that FFmpeg reads.
         fps: frames to keep per second, above 0.
         max_frames: at most so many frames; a longer clip is sampled evenly at a lower rate.
+        num_frames: exactly so many frames instead, whatever the clip's length; ``fps`` and ``max_frames`` have no
+            effect then. A picture of fewer frames repeats them.
         sampling_rate: rate to which the sound is resampled (mono: the mean of the channels), samples per second.
         max_pixels: frames with more pixels are scaled down to about so many (width and height alike).
         progress: show a progress bar on stderr once reading takes over a second.
@@ -91,6 +95,18 @@ def load_clip(
         ValueError: an argument out of range.
     """
     _check_above_zero(fps=fps, max_frames=max_frames, sampling_rate=sampling_rate, max_pixels=max_pixels)
+    if num_frames is not None:
+        _check_above_zero(num_frames=num_frames)
+    with _opened(path) as container:
+        return _read(container, Path(path), fps, max_frames, num_frames, int(sampling_rate), int(max_pixels), progress)
+
+
+def check_clip(path: str | Path) -> None:
+    """Raises what `load_clip` raises for a file that is missing or no media, without decoding it."""
+    _opened(path).close()
+
+
+def _opened(path: str | Path) -> av.container.InputContainer:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a clip")
@@ -100,10 +116,10 @@ def load_clip(
         container = av.open(str(path), metadata_errors="ignore")
     except av.FFmpegError as error:
         raise MediaError(f"{path} is no media file that can be read: {error.strerror}") from error
-    with container:
-        if container.format.name in _FORMATS_THAT_ARE_NO_MEDIA:
-            raise MediaError(f"{path} is a text file, not a clip")
-        return _read(container, path, fps, int(max_frames), int(sampling_rate), int(max_pixels), progress)
+    if container.format.name in _FORMATS_THAT_ARE_NO_MEDIA:
+        container.close()
+        raise MediaError(f"{path} is a text file, not a clip")
+    return container
 
 
 def _read(
@@ -111,6 +127,7 @@ def _read(
     path: Path,
     fps: float,
     max_frames: int,
+    num_frames: int | None,
     sampling_rate: int,
     max_pixels: int,
     progress: bool,
@@ -122,9 +139,14 @@ def _read(
         raise MediaError(f"{path} has neither a video nor an audio stream")
 
     duration = _duration(container, streams)
-    if duration * fps > max_frames:
-        fps = max_frames / duration
-    frames = _FrameSampler(video, fps, max_frames, max_pixels) if video is not None else None
+    if video is None:
+        frames = None
+    elif num_frames is not None:
+        frames = _MiddleSampler(video, _middles(_count_packets(container, video), int(num_frames)), max_pixels)
+    else:
+        if duration * fps > max_frames:
+            fps = max_frames / duration
+        frames = _FrameSampler(video, fps, int(max_frames), max_pixels)
     samples = _AudioReader(sampling_rate) if audio is not None else None
     if video is not None:
         video.thread_type = "AUTO"
@@ -161,6 +183,8 @@ def _read(
     seconds += [len(waveform) / sampling_rate] if waveform is not None else []
     if max(seconds) < 0.9 * duration:
         logger.warning("%s says it lasts %.1f s, but only %.1f s can be read", path, duration, max(seconds))
+    if picture is not None and num_frames is not None:
+        fps = num_frames / frames.end
     return Clip(picture, float(fps), waveform, sampling_rate, max(seconds), path)
 
 
@@ -210,6 +234,37 @@ class _FrameSampler:
         return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
+class _MiddleSampler(_FrameSampler):
+    """Gets every decoded frame, keeps those with the given numbers (ascending, one may come twice)."""
+
+    def __init__(self, stream: av.VideoStream, numbers: list[int], max_pixels: int) -> None:
+        super().__init__(stream, fps=0.0, max_frames=len(numbers), max_pixels=max_pixels)
+        self._numbers = numbers
+        self._next = 0  # number of the frame that comes next
+
+    def add(self, frame: av.VideoFrame) -> None:
+        time = frame.time if frame.time is not None else (self.origin or 0.0) + self.end
+        self.origin = time if self.origin is None else self.origin
+        self.end = max(self.end, time - self.origin + self.frame_seconds)
+        self._latest = frame
+        due = self._numbers.count(self._next)
+        if due:
+            self._kept += [self._picture(frame)] * due
+        self._next += 1
+
+    def finish(self) -> np.ndarray | None:
+        missing = len(self._numbers) - len(self._kept)  # packets that gave no frame
+        if missing and self._latest is not None:
+            self._kept += [self._picture(self._latest)] * missing
+        return np.stack(self._kept) if self._kept else None
+
+
+def _middles(total: int, count: int) -> list[int]:
+    """Numbers of the frames in the middle of ``count`` equal parts of frames 0 .. total - 1, as VideoLLaMA2 picks."""
+    part = (total - 1) / count
+    return [int(np.round(part * (2 * index + 1) / 2 + 1e-6)) for index in range(count)]
+
+
 class _AudioReader:
     """Gets every decoded piece of sound, resamples it to mono float32."""
 
@@ -242,6 +297,13 @@ class _AudioReader:
 def _is_cover_picture(stream: av.VideoStream) -> bool:
     """Music files carry their cover as a video stream of one picture."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _count_packets(container: av.container.InputContainer, video: av.VideoStream) -> int:
+    """Frames of the stream, for each packet holds one. Reads the file without decoding it."""
+    total = sum(1 for packet in container.demux(video) if packet.size)
+    container.seek(0)
+    return max(total, 1)
 
 
 def _duration(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float:

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from fmd_ext.media import Clip, MediaError, load_clip
+from fmd_ext.media import Clip, MediaError, check_clip, load_clip
 from fmd_ext.tiny.clips import AUDIO_RATE, FRAME_RATE, draw_frames, draw_tone, write_clip
 
 
@@ -75,6 +75,35 @@ def test_max_frames_spreads_the_frames_over_the_clip(clip_path, drawn):
     assert clip.fps == pytest.approx(4 / clip.duration_s, rel=0.01)
     shown = [int(k / clip.fps * FRAME_RATE) % 50 for k in range(4)]
     assert [nearest(image, drawn[0][:50]) for image in clip.frames] == shown
+
+
+def test_a_fixed_number_of_frames_is_the_middles_of_equal_parts(clip_path, drawn):
+    clip = load_clip(clip_path, num_frames=4, fps=1.0, max_frames=2)
+    assert clip.frames.shape == (4, 112, 160, 3) and clip.fps == pytest.approx(4 / 3, rel=0.01)
+    # 74 steps between 75 frames, in four parts: their middles are 9.25, 27.75, 46.25 and 64.75.
+    assert [nearest(image, drawn[0][:50]) for image in clip.frames] == [9, 28, 46, 65 - 50]
+
+
+@pytest.mark.parametrize("seconds, count", [(0.04, 3), (0.12, 8)])
+def test_a_fixed_number_of_frames_repeats_those_of_a_short_clip(tmp_path, seconds, count):
+    clip = load_clip(write_clip(tmp_path / "short.mp4", seconds=seconds), num_frames=count)
+    assert len(clip.frames) == count and clip.audio is not None
+    numbers = [round(index) for index in (seconds * 25 - 1) * (np.arange(count) + 0.5) / count]
+    for one, other, same in zip(clip.frames, clip.frames[1:], np.diff(numbers) == 0, strict=False):
+        assert np.array_equal(one, other) == same
+
+
+def test_a_fixed_number_of_frames_of_sound_alone_is_none(tmp_path):
+    assert load_clip(write_clip(tmp_path / "blind.mp4", seconds=1.0, picture=False), num_frames=4).frames is None
+
+
+def test_check_clip_refuses_without_decoding(clip_path, tmp_path):
+    check_clip(clip_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        check_clip(tmp_path / "nothing.mp4")
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(MediaError, match="text.txt is"):
+        check_clip(tmp_path / "text.txt")
 
 
 def test_max_pixels_scales_both_sides(clip_path):
@@ -194,6 +223,7 @@ def test_damage_is_reported_and_the_rest_is_read(tmp_path, caplog):
         {"fps": float("nan")},
         {"max_frames": 0},
         {"max_frames": 1.5},
+        {"num_frames": 0},
         {"sampling_rate": -1},
         {"max_pixels": ""},
     ],

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
 from rich.console import Console
 
-from fmd_ext.chat import prepare_inputs, to_device
+from fmd_ext.chat import load_clip_for, prepare_inputs, to_device
 from fmd_ext.cli import show
 from fmd_ext.cli.answer import Answer, check_context, config_from, generate, patched
 from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
-from fmd_ext.media import Clip, MediaError, load_clip
+from fmd_ext.media import Clip, MediaError, check_clip
 
+DEFAULT_RATES = {"fps": 2.0, "max_frames": 128}
 SMALLEST_FRAME = 128 * 28 * 28  # pixels: the least that Qwen2.5-Omni's processor scales a frame to
 
 
@@ -22,8 +24,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.question.strip():
         raise UserError("the question is empty")
     config = config_from(args)
-    clip = read_clip(args)
+    with blaming_clip():
+        check_clip(args.clip)  # before the model is loaded, which takes a while
     loaded = load_model(args.model, args.dtype, args.device)
+    clip = read_clip(args, loaded.processor)
     if loaded.is_random:
         show.note("this model's weights are random: its words mean nothing")
     inputs = inputs_for(loaded, clip, args)
@@ -51,9 +55,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_clip(args: argparse.Namespace) -> Clip:
-    with blaming_input(MediaError, FileNotFoundError, IsADirectoryError, PermissionError):
-        return load_clip(args.clip, fps=args.fps, max_frames=args.max_frames)
+def read_clip(args: argparse.Namespace, processor: Any) -> Clip:
+    given = {"fps": args.fps, "max_frames": args.max_frames}
+    num_frames = getattr(processor, "clip_arguments", {}).get("num_frames")
+    if num_frames is not None and any(given.values()):
+        show.note(f"the model takes {num_frames} frames of any clip: --fps and --max-frames have no effect")
+    rates = {name: value or DEFAULT_RATES[name] for name, value in given.items()}
+    with blaming_clip():
+        return load_clip_for(processor, args.clip, **rates)
+
+
+def blaming_clip() -> contextlib.AbstractContextManager[None]:
+    return blaming_input(MediaError, FileNotFoundError, IsADirectoryError, PermissionError)
 
 
 def inputs_for(loaded: LoadedModel, clip: Clip, args: argparse.Namespace) -> dict[str, Any]:

@@ -59,10 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(ask)
     _add_generation(ask, max_new_tokens=128)
     reading = ask.add_argument_group("reading the clip")
-    reading.add_argument(
-        "--fps", type=_positive_float, default=2.0, help="frames per second shown to the model (%(default)s)"
-    )
-    reading.add_argument("--max-frames", type=_positive_int, default=128, help="at most so many frames (%(default)s)")
+    reading.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
+    reading.add_argument("--max-frames", type=_positive_int, help="at most so many frames (128, or the model's)")
     reading.add_argument(
         "--max-frame-pixels",
         type=_positive_int,

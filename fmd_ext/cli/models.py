@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import re
 import tempfile
@@ -19,11 +20,11 @@ from fmd_ext.adapters import find_adapter
 from fmd_ext.cli.errors import UserError, blaming_input
 from fmd_ext.tiny import RANDOM_MARK, save_random_model
 
-# The class that answers in text, by the configuration's model_type. Of the full Qwen2.5-Omni only the thinker is
-# loaded: the talker and the speech decoder would take memory for nothing.
+# The class that answers in text ("module:class"), by the configuration's model_type. Of the full Qwen2.5-Omni only the
+# thinker is loaded: the talker and the speech decoder would take memory for nothing.
 MODEL_CLASSES = {
-    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
-    "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen2_5_omni": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen2_5_omni_thinker": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
 }
 
 
@@ -62,6 +63,7 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto", se
 
 
 def _load(source: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
+    importlib.import_module("fmd_ext.models")  # makes our ports known to transformers
     with blaming_input(OSError, ValueError, prefix=f"model {name}: "):
         config = transformers.AutoConfig.from_pretrained(source)
     if config.model_type not in MODEL_CLASSES:
@@ -70,7 +72,8 @@ def _load(source: str, name: str, dtype: str, device: torch.device) -> LoadedMod
         )
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
         processor = transformers.AutoProcessor.from_pretrained(source)
-    model_class = getattr(transformers, MODEL_CLASSES[config.model_type])
+    module, _, class_name = MODEL_CLASSES[config.model_type].partition(":")
+    model_class = getattr(importlib.import_module(module), class_name)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
         model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
