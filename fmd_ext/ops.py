@@ -17,12 +17,20 @@ from torch import Tensor
 from . import _library
 
 _library.load()
-_append = torch.ops.fmd_ext.append_.default
-_prefill = torch.ops.fmd_ext.branched_prefill.default
-_decode = torch.ops.fmd_ext.branched_decode.default
-_merge = torch.ops.fmd_ext.merge_.default
+try:
+    _append = torch.ops.fmd_ext.append_.default
+    _rope_append = torch.ops.fmd_ext.rope_append_.default
+    _prefill = torch.ops.fmd_ext.branched_prefill.default
+    _decode = torch.ops.fmd_ext.branched_decode.default
+    _merge = torch.ops.fmd_ext.merge_.default
+    _merge_norm = torch.ops.fmd_ext.merge_norm_.default
+except AttributeError as error:
+    raise ImportError(
+        f"{_library.load()['cpu'].path} was built from other sources than this package ({error}): build it again, with "
+        "`pip install .` in the folder of the sources"
+    ) from None
 
-__all__ = ["append_", "branched_decode", "branched_prefill", "merge_"]
+__all__ = ["append_", "branched_decode", "branched_prefill", "merge_", "merge_norm_", "rope_append_"]
 
 
 def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -39,6 +47,30 @@ def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor)
     """
     _refuse_gradients("append_", k, v)
     _append(k_pool, v_pool, k, v, slots)
+
+
+def rope_append_(
+    k_pool: Tensor, v_pool: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:
+    """`append_` with rotary position embedding: rotates `q` in place and `k` on its way into the pool.
+
+    With half = head_dim / 2, the head x of row r becomes `x * cos[r] + cat(-x[half:], x[:half]) * sin[r]`, which is
+    RoPE as Llama's and Qwen's attention in transformers applies it. M-RoPE is the same with cos and sin that were put
+    together from its sections before. Computed in float32, rounded once.
+
+    Args:
+        k_pool, v_pool: `[num_kv_heads, num_slots, head_dim]`, last dimension contiguous.
+        q: `[num_rows, num_qo_heads, head_dim]`, same dtype; shares no memory with `k` and `v`.
+        k, v: `[num_rows, num_kv_heads, head_dim]`, same dtype; not written.
+        cos, sin: `[num_rows, head_dim]`, both in the dtype of the pools or both float32.
+        slots: int64 `[num_rows]`, in range, each slot at most once.
+
+    Raises:
+        ValueError: shape, dtype, stride or device of an argument, or a slot out of range.
+        RuntimeError: a gradient would be needed.
+    """
+    _refuse_gradients("rope_append_", q, k, v)
+    _rope_append(k_pool, v_pool, q, k, v, cos, sin, slots)
 
 
 def branched_prefill(
@@ -132,6 +164,31 @@ def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor
     _merge(hidden, home_rows, away_rows, weights)
 
 
+def merge_norm_(hidden: Tensor, away_rows: Tensor, weights: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    """`merge_` into the first rows of `hidden`, and the RMS norm of these rows, which are read once for both.
+
+    Row r of the first num_home rows becomes `weights[r] * hidden[r] + (1 - weights[r]) * hidden[away_rows[r]]`, in
+    place, and stays what it is where `away_rows[r]` is -1. The result is
+    `hidden[r] / sqrt(mean(hidden[r] ** 2) + eps) * norm_weight`, computed in float32 and rounded once.
+
+    Args:
+        hidden: `[num_rows, hidden_size]`, last dimension contiguous; the first num_home rows are the home rows.
+        away_rows: int64 `[num_home]`: a row from num_home on, or -1.
+        weights: float32 `[num_home]`; unused where there is no away row.
+        norm_weight: `[hidden_size]`, the norm's weight, in the dtype of `hidden`.
+        eps: the norm's epsilon.
+
+    Returns:
+        `[num_home, hidden_size]`, contiguous, in the dtype of `hidden`.
+
+    Raises:
+        ValueError: shape, dtype, stride or device of an argument, or a row out of range.
+        RuntimeError: a gradient would be needed.
+    """
+    _refuse_gradients("merge_norm_", hidden, norm_weight)
+    return _merge_norm(hidden, away_rows, weights, norm_weight, eps)
+
+
 def _refuse_gradients(op: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"fmd_ext::{op} has no gradient: call it under torch.no_grad() or torch.inference_mode()")
@@ -142,6 +199,11 @@ def _refuse_gradients(op: str, *tensors: Tensor) -> None:
 
 @torch.library.register_fake("fmd_ext::append_")
 def _append_fake(k_pool, v_pool, k, v, slots):
+    return None
+
+
+@torch.library.register_fake("fmd_ext::rope_append_")
+def _rope_append_fake(k_pool, v_pool, q, k, v, cos, sin, slots):
     return None
 
 
@@ -158,6 +220,11 @@ def _branched_decode_fake(q, k, v, qo_rows, segments, softmax_scale, return_lse)
 @torch.library.register_fake("fmd_ext::merge_")
 def _merge_fake(hidden, home_rows, away_rows, weights):
     return None
+
+
+@torch.library.register_fake("fmd_ext::merge_norm_")
+def _merge_norm_fake(hidden, away_rows, weights, norm_weight, eps):
+    return hidden.new_empty((away_rows.shape[0], hidden.shape[1]))
 
 
 def _attention_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # faster: what they touch for a kernel, the kernel's side of the layer has touched before.
 INSTRUMENTED, PLAIN = ["-O1", *SANITIZERS], ["-O2"]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PREFILL, DECODE, APPEND, MERGE, FAULT, END = 0, 1, 2, 3, 4, -1
+PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, MERGE_NORM, END = 0, 1, 2, 3, 4, 5, 6, -1
 
 
 def sources() -> list[tuple[Path, list[str]]]:
@@ -121,10 +121,22 @@ class Calls:
     def append(self, k_pool, v_pool, k, v, slots, seed=0):
         """The memory of k_pool and v_pool afterwards; both must be contiguous."""
         self._call(APPEND, seed, 2, k_pool, v_pool)
+        self._appended(k_pool, v_pool, k, v, slots)
+
+    def _appended(self, k_pool, v_pool, k, v, slots):
         self._numbers(DTYPE_CODES[k_pool.dtype], k.shape[0], k_pool.shape[1], k_pool.shape[0], k_pool.shape[2])
         for tensor in (k_pool, v_pool, k, v):
             self._strided(tensor, 0, 1)
         self._array(slots)
+
+    def rope_append(self, k_pool, v_pool, q, k, v, cos, sin, slots, seed=0):
+        """The memory of q, k_pool and v_pool afterwards; all three must be contiguous."""
+        self._call(ROPE_APPEND, seed, 2, q, k_pool, v_pool)
+        self._appended(k_pool, v_pool, k, v, slots)
+        self._numbers(q.shape[1], DTYPE_CODES[cos.dtype])
+        self._strided(q, 0, 1)
+        for tensor in (cos, sin):
+            self._strided(tensor, 0)
 
     def merge(self, hidden, home_rows, away_rows, weights, seed=0):
         """The memory of hidden afterwards; it must be contiguous."""
@@ -132,6 +144,16 @@ class Calls:
         self._numbers(DTYPE_CODES[hidden.dtype], *hidden.shape, len(home_rows))
         self._strided(hidden, 0)
         for tensor in (home_rows, away_rows, weights):
+            self._array(tensor)
+
+    def merge_norm(self, hidden, away_rows, weights, norm_weight, eps, seed=0):
+        """The memory of hidden afterwards, which must be contiguous, and the normed rows."""
+        out = torch.full((len(away_rows), hidden.shape[1]), float("nan"), dtype=hidden.dtype)
+        self._call(MERGE_NORM, seed, 2, hidden, out)
+        self._numbers(DTYPE_CODES[hidden.dtype], *hidden.shape, len(away_rows))
+        self._float(eps)
+        self._strided(hidden, 0)
+        for tensor in (away_rows, weights, norm_weight, out):
             self._array(tensor)
 
     def fault(self, which, seed=0):

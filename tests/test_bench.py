@@ -64,7 +64,7 @@ def test_json_says_where_and_with_what(quick):
 
 def test_low_precision_is_held_against_float32(tmp_path):
     path = tmp_path / "bf16.json"
-    ops = ("branched_prefill", "merge_", "model_prefill", "model_decode")
+    ops = ("branched_prefill", "merge_", "rope_append_", "merge_norm_", "model_prefill", "model_decode")
     assert main(["--quick", "--repeats", "1", "--dtype", "bfloat16", "--only", *ops, "--json", str(path)]) == 0
     for case in json.loads(path.read_text())["cases"]:
         assert 0 < case["candidates"][0]["error"] < 0.1
@@ -83,7 +83,7 @@ def slightly_wrong(tensors):
     return [tensor.clone().index_fill_(0, torch.tensor(0, device=tensor.device), 0.5) for tensor in tensors]
 
 
-@pytest.mark.parametrize("op", ["append_", "branched_prefill", "branched_decode", "merge_"])
+@pytest.mark.parametrize("op", [name for name in OPS if not name.startswith("model_")])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_wrong_candidate_of_an_op_gets_no_speed(tmp_path, capsys, op, index):
     def build(*args):

@@ -11,6 +11,7 @@ import pytest
 
 import fmd_build
 import fmd_ext
+from fmd_ext import ops
 from test_build import script
 
 LIBRARY = Path(fmd_ext.__file__).parent / "lib" / "libfmd_ext_cuda.so"
@@ -50,8 +51,8 @@ def test_a_spill_is_seen(tmp_path):
     assert registers <= 32 and spills > 0 and stack > 0
 
 
-def registered_for_cuda(library, folder):
-    """The ops that the CUDA library implements for CUDA, seen by the torch that is installed.
+def registered_ops(library, folder):
+    """The ops with an implementation for the CPU and for CUDA, seen by the torch that is installed.
 
     A torch without CUDA has no libtorch_cuda.so, from which the library needs one function: a stub takes its place.
     """
@@ -68,14 +69,16 @@ def registered_for_cuda(library, folder):
         "    ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
         "    torch.ops.load_library(sys.argv[2])\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "names = ('append_', 'branched_prefill', 'branched_decode', 'merge_')\n"
-        "print(*(name for name in names if has(f'fmd_ext::{name}', 'CUDA')))\n"
+        "names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('fmd_ext::')]\n"
+        "for device in ('CPU', 'CUDA'):\n"
+        "    print(*sorted(name for name in names if has(name, device)))\n"
     )
     said = subprocess.run([sys.executable, "-c", code, stub, library], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    return said.stdout.split()
+    return [line.split() for line in said.stdout.splitlines()]
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="this installation was built without the CUDA op library")
 def test_the_library_implements_all_ops(tmp_path):
-    assert registered_for_cuda(LIBRARY, tmp_path) == ["append_", "branched_prefill", "branched_decode", "merge_"]
+    for_cpu, for_cuda = registered_ops(LIBRARY, tmp_path)
+    assert for_cuda == for_cpu == [f"fmd_ext::{name}" for name in sorted(ops.__all__)]

@@ -14,6 +14,10 @@ from cuda_host import Calls, build_driver
 from fmd_ext import ops
 from test_ops_branched_decode import SAMPLES
 from test_ops_branched_prefill import MIXED
+from test_ops_merge_norm import EPS, normed
+from test_ops_merge_norm import make as make_merge_norm
+from test_ops_rope_append import assert_rotated
+from test_ops_rope_append import make as make_rope_append
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
 FAULTS = {
@@ -217,6 +221,61 @@ class TestAppend:
         aligned, odd = calls.run()
         assert torch.equal(aligned[0], want_k) and torch.equal(aligned[1], want_v)
         assert torch.equal(odd[0], want_k) and torch.equal(odd[1], want_odd)
+
+
+class TestRopeAppend:
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+    @pytest.mark.parametrize(
+        "num_rows,heads,head_dim", [(0, (2, 2), 64), (1, (2, 1), 8), (17, (6, 2), 40), (33, (7, 1), 128)]
+    )
+    def test_like_plain_pytorch_and_the_cpu_op(self, dtype, num_rows, heads, head_dim):
+        calls, cases = Calls(), []
+        for angle_dtype in (dtype, torch.float32):
+            case = make_rope_append(num_rows, heads, head_dim, dtype, angle_dtype, num_slots=60)
+            # K as attention layers hand it over; the rest contiguous, as the driver gives back what it holds.
+            case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q")}
+            cases.append(case)
+            calls.rope_append(**case, seed=1)
+        for case, (q, k_pool, v_pool) in zip(cases, calls.run(), strict=True):
+            result = case | {"q": q, "k_pool": k_pool, "v_pool": v_pool}
+            assert_rotated(case, result)
+            op = {name: tensor.clone() for name, tensor in case.items()}
+            ops.rope_append_(**op)
+            for name in ("q", "k_pool", "v_pool"):
+                assert_as_exact(result[name], None, op[name].double(), dtype)
+
+    def test_rows_that_begin_anywhere(self):
+        case = make_rope_append(17, (6, 2), 64, torch.bfloat16, torch.bfloat16, num_slots=60)
+        case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q")}
+        odd = dict(case)
+        for name in ("k", "v"):
+            odd[name] = torch.cat([case[name][..., :3], case[name]], -1)[..., 3:]
+        for name in ("cos", "sin"):
+            odd[name] = torch.cat([case[name], case[name]], -1)[:, :64]
+        calls = Calls()
+        calls.rope_append(**case)
+        calls.rope_append(**odd)
+        assert same_bits(*calls.run())
+
+
+class TestMergeNorm:
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+    @pytest.mark.parametrize("num_home,hidden_size", [(0, 64), (1, 1), (17, 63), (5, 3584)])
+    def test_like_plain_pytorch_and_the_cpu_op(self, dtype, num_home, hidden_size):
+        hidden, *arguments = make_merge_norm(num_home, 7, hidden_size, dtype)
+        calls = Calls()
+        for seed in (0, 1):
+            calls.merge_norm(hidden, *arguments, EPS, seed=seed)
+        result, shuffled = calls.run()
+        assert same_bits(result, shuffled)
+        merged, out = result
+        op = hidden.clone()
+        op_out = ops.merge_norm_(op, *arguments, EPS)
+        assert_as_exact(merged, None, op.double(), dtype)
+        rows, norm_weight = merged[:num_home], arguments[-1]
+        assert torch.equal(merged[num_home:], hidden[num_home:])
+        assert_as_exact(out, normed(rows, norm_weight), normed(rows.double(), norm_weight), dtype)
+        assert_as_exact(out, op_out, normed(rows.double(), norm_weight), dtype)
 
 
 class TestMerge:

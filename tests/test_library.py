@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import types
 
 import pytest
 import torch
 
-from fmd_ext import _library
+from fmd_ext import _library, ops
 
 
 @pytest.fixture
@@ -84,3 +86,9 @@ def test_library_that_does_not_load(empty_folder):
     version = re.escape(torch.__version__)
     with pytest.raises(ImportError, match=rf"does not load into torch {version} \(2.10 or newer is needed\): "):
         _library.load()
+
+
+def test_a_library_of_other_sources_is_named(monkeypatch):
+    monkeypatch.setattr(torch.ops, "fmd_ext", types.SimpleNamespace())
+    with pytest.raises(ImportError, match=r"libfmd_ext_cpu\.so was built from other sources .* build it again"):
+        importlib.reload(ops)

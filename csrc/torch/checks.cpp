@@ -73,9 +73,8 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
   return params;
 }
 
-AppendParams append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
+AppendParams append_params(const char* op, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
                            const Tensor& slots) {
-  const char* op = "append_";
   const Argument k_pool_arg{op, "k_pool", k_pool}, v_pool_arg{op, "v_pool", v_pool}, k_arg{op, "k", k},
       v_arg{op, "v", v}, slots_arg{op, "slots", slots};
   k_pool_arg.has_shape(kPoolLayout, {-1, -1, -1});
@@ -112,6 +111,37 @@ AppendParams append_params(const Tensor& k_pool, const Tensor& v_pool, const Ten
   return params;
 }
 
+RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q, const Tensor& k,
+                                    const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& slots) {
+  const char* op = "rope_append_";
+  const Argument k_pool_arg{op, "k_pool", k_pool}, q_arg{op, "q", q}, cos_arg{op, "cos", cos}, sin_arg{op, "sin", sin};
+  RopeAppendParams params{};
+  params.append = append_params(op, k_pool, v_pool, k, v, slots);
+  q_arg.has_shape("[num_rows, num_qo_heads, head_dim]", {k.size(0), -1, params.append.head_dim});
+  q_arg.has_dtype(k_pool.scalar_type());
+  q_arg.has_contiguous_rows();
+  q_arg.has_no_repeated_memory();
+  const ScalarType angle_dtype = cos.scalar_type();
+  if (angle_dtype != ScalarType::Float) cos_arg.has_dtype(k_pool.scalar_type());
+  sin_arg.has_dtype(angle_dtype);
+  for (const Argument& arg : {cos_arg, sin_arg}) {
+    arg.has_shape("[num_rows, head_dim]", {k.size(0), params.append.head_dim});
+    arg.has_contiguous_rows();
+  }
+  for (const Argument& arg : {q_arg, cos_arg, sin_arg}) arg.is_on_device_of(k_pool_arg);
+
+  params.num_qo_heads = q.size(1);
+  params.q = q.mutable_data_ptr();
+  params.q_stride_row = q.stride(0);
+  params.q_stride_head = q.stride(1);
+  params.angle_dtype = cos_arg.float_dtype();
+  params.cos = cos.const_data_ptr();
+  params.cos_stride_row = cos.stride(0);
+  params.sin = sin.const_data_ptr();
+  params.sin_stride_row = sin.stride(0);
+  return params;
+}
+
 MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows,
                          const Tensor& weights) {
   const char* op = "merge_";
@@ -138,6 +168,43 @@ MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Te
   params.home_rows = static_cast<const int64_t*>(home_rows.const_data_ptr());
   params.away_rows = static_cast<const int64_t*>(away_rows.const_data_ptr());
   params.weights = static_cast<const float*>(weights.const_data_ptr());
+  return params;
+}
+
+MergeNormParams merge_norm_params(const Tensor& hidden, const Tensor& away_rows, const Tensor& weights,
+                                  const Tensor& norm_weight, double eps) {
+  const char* op = "merge_norm_";
+  const Argument hidden_arg{op, "hidden", hidden}, away_arg{op, "away_rows", away_rows},
+      weights_arg{op, "weights", weights}, norm_arg{op, "norm_weight", norm_weight};
+  hidden_arg.has_shape("[num_rows, hidden_size]", {-1, -1});
+  away_arg.is_index_vector("[num_home]", -1);
+  if (away_rows.size(0) > hidden.size(0)) {
+    away_arg.fail("has ", away_rows.size(0), " home rows, accepted are at most the ", hidden.size(0),
+                  " rows of hidden");
+  }
+  weights_arg.has_dtype(ScalarType::Float);
+  weights_arg.has_shape("[num_home]", {away_rows.size(0)});
+  weights_arg.is_contiguous();
+  norm_arg.has_dtype(hidden.scalar_type());
+  norm_arg.has_shape("[hidden_size]", {hidden.size(1)});
+  norm_arg.is_contiguous();
+  if (!std::isfinite(eps) || eps < 0) fail("fmd_ext::", op, ": eps is ", eps, ", accepted are finite values from 0 on");
+
+  MergeNormParams params{};
+  params.dtype = hidden_arg.float_dtype();
+  params.num_rows = hidden.size(0);
+  params.hidden_size = hidden.size(1);
+  params.num_home = away_rows.size(0);
+  hidden_arg.has_contiguous_rows();
+  hidden_arg.has_no_repeated_memory();
+  for (const Argument& arg : {away_arg, weights_arg, norm_arg}) arg.is_on_device_of(hidden_arg);
+
+  params.hidden = hidden.mutable_data_ptr();
+  params.stride_row = hidden.stride(0);
+  params.away_rows = static_cast<const int64_t*>(away_rows.const_data_ptr());
+  params.weights = static_cast<const float*>(weights.const_data_ptr());
+  params.norm_weight = norm_weight.const_data_ptr();
+  params.eps = static_cast<float>(eps);
   return params;
 }
 

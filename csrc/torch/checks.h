@@ -124,9 +124,16 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
                                          const Tensor& qo_rows, const Tensor* cu_seqlens_q, const Tensor& segments,
                                          double softmax_scale);
 
-AppendParams append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
+AppendParams append_params(const char* op, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
                            const Tensor& slots);
 
+RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q, const Tensor& k,
+                                    const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& slots);
+
 MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights);
+
+// Leaves out to the caller.
+MergeNormParams merge_norm_params(const Tensor& hidden, const Tensor& away_rows, const Tensor& weights,
+                                  const Tensor& norm_weight, double eps);
 
 }  // namespace fmd

@@ -128,9 +128,17 @@ std::tuple<Tensor, Tensor> branched_decode(const Tensor& q, const Tensor& k, con
 }
 
 void append_(Tensor k_pool, Tensor v_pool, const Tensor& k, const Tensor& v, const Tensor& slots) {
-  const AppendParams params = append_params(k_pool, v_pool, k, v, slots);
+  const AppendParams params = append_params("append_", k_pool, v_pool, k, v, slots);
   check_range("append_", "slots", params.slots, params.num_rows, params.num_slots, "slots of the pool");
   if (params.num_rows > 0) launch_append_cpu(params, torch_parallel_for());
+}
+
+void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                  const Tensor& sin, const Tensor& slots) {
+  const RopeAppendParams params = rope_append_params(k_pool, v_pool, q, k, v, cos, sin, slots);
+  check_range("rope_append_", "slots", params.append.slots, params.append.num_rows, params.append.num_slots,
+              "slots of the pool");
+  if (params.append.num_rows > 0) launch_rope_append_cpu(params, torch_parallel_for());
 }
 
 void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights) {
@@ -148,13 +156,31 @@ void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, con
   if (params.num_pairs > 0) launch_merge_cpu(params, torch_parallel_for());
 }
 
+Tensor merge_norm_(Tensor hidden, const Tensor& away_rows, const Tensor& weights, const Tensor& norm_weight,
+                   double eps) {
+  MergeNormParams params = merge_norm_params(hidden, away_rows, weights, norm_weight, eps);
+  for (int64_t r = 0; r < params.num_home; ++r) {
+    const int64_t away = params.away_rows[r];
+    if (away == -1 || (away >= params.num_home && away < params.num_rows)) continue;
+    fail("fmd_ext::merge_norm_: away_rows[", r, "] is ", away, ", accepted are -1 (none) and ", params.num_home, " to ",
+         params.num_rows - 1, " (rows of hidden after the home rows)");
+  }
+  const std::vector<int64_t> shape = {params.num_home, params.hidden_size};
+  Tensor out = torch::stable::new_empty(hidden, shape);
+  params.out = out.mutable_data_ptr();
+  if (params.num_home > 0 && params.hidden_size > 0) launch_merge_norm_cpu(params, torch_parallel_for());
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmd_ext, CPU, m) {
   m.impl("append_", TORCH_BOX(&append_));
+  m.impl("rope_append_", TORCH_BOX(&rope_append_));
   m.impl("branched_prefill", TORCH_BOX(&branched_prefill));
   m.impl("branched_decode", TORCH_BOX(&branched_decode));
   m.impl("merge_", TORCH_BOX(&merge_));
+  m.impl("merge_norm_", TORCH_BOX(&merge_norm_));
 }
 
 }  // namespace fmd

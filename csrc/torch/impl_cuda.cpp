@@ -94,9 +94,16 @@ std::tuple<Tensor, Tensor> branched_decode(const Tensor& q, const Tensor& k, con
 }
 
 void append_(Tensor k_pool, Tensor v_pool, const Tensor& k, const Tensor& v, const Tensor& slots) {
-  const AppendParams params = append_params(k_pool, v_pool, k, v, slots);
+  const AppendParams params = append_params("append_", k_pool, v_pool, k, v, slots);
   const torch::stable::accelerator::DeviceGuard guard(k_pool.get_device_index());
   launch_append_cuda(params, current_stream(k_pool));
+}
+
+void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                  const Tensor& sin, const Tensor& slots) {
+  const RopeAppendParams params = rope_append_params(k_pool, v_pool, q, k, v, cos, sin, slots);
+  const torch::stable::accelerator::DeviceGuard guard(k_pool.get_device_index());
+  launch_rope_append_cuda(params, current_stream(k_pool));
 }
 
 void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights) {
@@ -105,13 +112,26 @@ void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, con
   launch_merge_cuda(params, current_stream(hidden));
 }
 
+Tensor merge_norm_(Tensor hidden, const Tensor& away_rows, const Tensor& weights, const Tensor& norm_weight,
+                   double eps) {
+  MergeNormParams params = merge_norm_params(hidden, away_rows, weights, norm_weight, eps);
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  const std::vector<int64_t> shape = {params.num_home, params.hidden_size};
+  Tensor out = torch::stable::new_empty(hidden, shape);
+  params.out = out.mutable_data_ptr();
+  launch_merge_norm_cuda(params, current_stream(hidden));
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmd_ext, CUDA, m) {
   m.impl("append_", TORCH_BOX(&append_));
+  m.impl("rope_append_", TORCH_BOX(&rope_append_));
   m.impl("branched_prefill", TORCH_BOX(&branched_prefill));
   m.impl("branched_decode", TORCH_BOX(&branched_decode));
   m.impl("merge_", TORCH_BOX(&merge_));
+  m.impl("merge_norm_", TORCH_BOX(&merge_norm_));
 }
 
 }  // namespace fmd

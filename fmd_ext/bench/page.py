@@ -22,6 +22,8 @@ quartiles over rounds.
 
 * `fmd_ext` works on packed rows and slot pools; `merged` is attention after the merge, where there is one branch.
 * `eager PyTorch` is index arithmetic, masked softmax and concatenation on the same packed rows.
+* `rope_append_` and `merge_norm_` join steps, rotation and append, merge and norm: the other candidates take them one
+  by one. The patched decoder runs the model's own code, which takes these steps itself.
 * `SDPA per branch` calls `scaled_dot_product_attention` once per branch, on inputs gathered before the clock starts.
 * `vanilla` is the unpatched model on `scaled_dot_product_attention`; `two passes` runs the early layers twice, as the
   paper does. Models have random weights and a small vocabulary; encoders are not part of the time.

@@ -43,6 +43,20 @@ def _append(random: Random) -> torch.Tensor:
     return (pools - expected).abs().max()
 
 
+def _rope_append(random: Random) -> torch.Tensor:
+    pools, rows, q = random(2, KV_HEADS, SLOTS, HEAD_DIM), random(2, 3, KV_HEADS, HEAD_DIM), random(3, HEADS, HEAD_DIM)
+    cos, sin = random(2, 3, HEAD_DIM)
+    slots = torch.tensor([7, 0, 31], device=rows.device)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x * cos[:, None] + torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1) * sin[:, None]
+
+    expected, expected_q = pools.clone(), turned(q)
+    expected[:, :, slots] = torch.stack([turned(rows[0]), rows[1]]).transpose(1, 2)
+    ops.rope_append_(pools[0], pools[1], q, rows[0], rows[1], cos, sin, slots)
+    return torch.maximum((pools - expected).abs().max(), (q - expected_q).abs().max())
+
+
 def _prefill(random: Random) -> torch.Tensor:
     """Five queries in one group: a prefix of four keys, and seven own keys of which the first two were there before."""
     q, k, v = random(5, HEADS, HEAD_DIM), random(KV_HEADS, SLOTS, HEAD_DIM), random(KV_HEADS, SLOTS, HEAD_DIM)
@@ -71,6 +85,17 @@ def _merge(random: Random) -> torch.Tensor:
     return (hidden - expected)[:3].abs().max()
 
 
+def _merge_norm(random: Random) -> torch.Tensor:
+    hidden, norm_weight = random(5, HEAD_DIM), random(HEAD_DIM)
+    away, weights = (torch.tensor(values, device=hidden.device) for values in ([4, -1, 3], [0.8, 0.0, 0.5]))
+    expected = hidden[:3].clone()
+    for row, other, weight in ((0, 4, 0.8), (2, 3, 0.5)):
+        expected[row] = weight * hidden[row] + (1 - weight) * hidden[other]
+    normed = ops.merge_norm_(hidden, away, weights, norm_weight, 1e-6)
+    expected_normed = expected * (expected.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm_weight
+    return torch.maximum((hidden[:3] - expected).abs().max(), (normed - expected_normed).abs().max())
+
+
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: list[int]) -> torch.Tensor:
     """q [heads, head_dim] over the given slots of k and v [kv_heads, slots, head_dim]."""
     keys, values = (pool[:, slots].repeat_interleave(HEADS // KV_HEADS, dim=0) for pool in (k, v))
@@ -80,7 +105,9 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: list[in
 
 CHECKS: dict[str, Callable[[Random], torch.Tensor]] = {
     "append_": _append,
+    "rope_append_": _rope_append,
     "branched_prefill": _prefill,
     "branched_decode": _decode,
     "merge_": _merge,
+    "merge_norm_": _merge_norm,
 }

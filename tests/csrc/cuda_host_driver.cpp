@@ -140,8 +140,9 @@ void attention(bool decode) {
   lse.write();
 }
 
-void append() {
-  fmd::AppendParams p{};
+void append(bool rope) {
+  fmd::RopeAppendParams r{};
+  fmd::AppendParams& p = r.append;
   p.dtype = static_cast<fmd::DType>(number());
   p.num_rows = number();
   p.num_slots = number();
@@ -165,7 +166,24 @@ void append() {
   p.v_stride_head = number();
   const Array slots = Array::read();
   p.slots = slots.at<int64_t>();
-  fmd::launch_append_cuda(p, nullptr);
+  if (rope) {
+    r.num_qo_heads = number();
+    r.angle_dtype = static_cast<fmd::DType>(number());
+    const Array q = Array::read();
+    r.q = q.at<void>(number());
+    r.q_stride_row = number();
+    r.q_stride_head = number();
+    const Array cos = Array::read();
+    r.cos = cos.at<void>(number());
+    r.cos_stride_row = number();
+    const Array sin = Array::read();
+    r.sin = sin.at<void>(number());
+    r.sin_stride_row = number();
+    fmd::launch_rope_append_cuda(r, nullptr);
+    q.write();
+  } else {
+    fmd::launch_append_cuda(p, nullptr);
+  }
   k_pool.write();
   v_pool.write();
 }
@@ -187,6 +205,26 @@ void merge() {
   hidden.write();
 }
 
+void merge_norm() {
+  fmd::MergeNormParams p{};
+  p.dtype = static_cast<fmd::DType>(number());
+  p.num_rows = number();
+  p.hidden_size = number();
+  p.num_home = number();
+  p.eps = real();
+  const Array hidden = Array::read();
+  p.hidden = hidden.at<void>(number());
+  p.stride_row = number();
+  const Array away_rows = Array::read(), weights = Array::read(), norm_weight = Array::read(), out = Array::read();
+  p.away_rows = away_rows.at<int64_t>();
+  p.weights = weights.at<float>();
+  p.norm_weight = norm_weight.at<void>();
+  p.out = out.at<void>();
+  fmd::launch_merge_norm_cuda(p, nullptr);
+  hidden.write();
+  out.write();
+}
+
 void faulty(int64_t which);
 
 }  // namespace
@@ -205,13 +243,19 @@ int main() try {
         attention(true);
         break;
       case 2:
-        append();
+        append(false);
         break;
       case 3:
         merge();
         break;
       case 4:
         faulty(number());
+        break;
+      case 5:
+        append(true);
+        break;
+      case 6:
+        merge_norm();
         break;
       default:
         throw std::runtime_error("driver: unknown call");

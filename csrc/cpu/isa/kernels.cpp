@@ -4,6 +4,8 @@
 #include "cpu/isa/branched_decode.h"
 #include "cpu/isa/branched_prefill.h"
 #include "cpu/isa/merge.h"
+#include "cpu/isa/merge_norm.h"
+#include "cpu/isa/rope_append.h"
 
 #define FMD_STRINGIZE_(name) #name
 #define FMD_STRINGIZE(name) FMD_STRINGIZE_(name)
@@ -11,6 +13,7 @@
 namespace fmd::cpu::FMD_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {FMD_STRINGIZE(FMD_ISA), prefill_block_any, decode_chunk_any, decode_combine, merge_pairs};
+const KernelTable table = {FMD_STRINGIZE(FMD_ISA), prefill_block_any, decode_chunk_any, decode_combine,
+                           rope_append_rows,       merge_pairs,       merge_norm_rows};
 
 }  // namespace fmd::cpu::FMD_ISA

@@ -22,21 +22,26 @@ FMD_INLINE void merge_row(T* home, const T* away, float weight, int64_t size, Lo
   }
 }
 
+// home = weight * home + (1 - weight) * away, for rows of `size` elements.
+FMD_INLINE void merge_rows(DType dtype, void* home, const void* away, float weight, int64_t size) {
+  if (dtype == DType::kFloat32) {
+    merge_row(
+        static_cast<float*>(home), static_cast<const float*>(away), weight, size,
+        [](const float* from) { return load<VecF>(from); }, [](float* to, VecF value) { store(to, value); });
+  } else if (dtype == DType::kBFloat16) {
+    merge_row(static_cast<uint16_t*>(home), static_cast<const uint16_t*>(away), weight, size, load_bfloat16,
+              store_bfloat16);
+  } else {
+    merge_row(static_cast<uint16_t*>(home), static_cast<const uint16_t*>(away), weight, size, load_float16,
+              store_float16);
+  }
+}
+
 inline void merge_pairs(const MergeParams& params, int64_t pair_begin, int64_t pair_end) {
   for (int64_t j = pair_begin; j < pair_end; ++j) {
-    void* home = element(params.hidden, params.dtype, params.home_rows[j] * params.stride_row);
-    void* away = element(params.hidden, params.dtype, params.away_rows[j] * params.stride_row);
-    if (params.dtype == DType::kFloat32) {
-      merge_row(
-          static_cast<float*>(home), static_cast<float*>(away), params.weights[j], params.hidden_size,
-          [](const float* from) { return load<VecF>(from); }, [](float* to, VecF value) { store(to, value); });
-    } else if (params.dtype == DType::kBFloat16) {
-      merge_row(static_cast<uint16_t*>(home), static_cast<uint16_t*>(away), params.weights[j], params.hidden_size,
-                load_bfloat16, store_bfloat16);
-    } else {
-      merge_row(static_cast<uint16_t*>(home), static_cast<uint16_t*>(away), params.weights[j], params.hidden_size,
-                load_float16, store_float16);
-    }
+    merge_rows(params.dtype, element(params.hidden, params.dtype, params.home_rows[j] * params.stride_row),
+               element(params.hidden, params.dtype, params.away_rows[j] * params.stride_row), params.weights[j],
+               params.hidden_size);
   }
 }
 

@@ -64,6 +64,21 @@ struct AppendParams {
   const int64_t* slots;  // [num_rows]
 };
 
+// AppendParams with rotary position embedding: q in place, and k on its way into the pool. With half = head_dim / 2,
+// row r of a head x becomes, for i < half,
+//   x[i] * cos[r][i] - x[i + half] * sin[r][i]  and  x[i + half] * cos[r][i + half] + x[i] * sin[r][i + half].
+struct RopeAppendParams {
+  AppendParams append;
+  int64_t num_qo_heads;
+  void* q;  // [num_rows, num_qo_heads, head_dim]
+  int64_t q_stride_row, q_stride_head;
+  DType angle_dtype;  // of cos and sin: that of append, or fp32
+  const void* cos;    // [num_rows, head_dim]
+  int64_t cos_stride_row;
+  const void* sin;
+  int64_t sin_stride_row;
+};
+
 // hidden[home_rows[j]] = weights[j] * hidden[home_rows[j]] + (1 - weights[j]) * hidden[away_rows[j]], in place.
 struct MergeParams {
   DType dtype;
@@ -73,6 +88,21 @@ struct MergeParams {
   const int64_t* home_rows;  // [num_pairs], each row at most once
   const int64_t* away_rows;  // [num_pairs], disjoint from home_rows
   const float* weights;      // [num_pairs]
+};
+
+// A merge, and the RMS norm that follows it. For every r < num_home:
+//   hidden[r] = weights[r] * hidden[r] + (1 - weights[r]) * hidden[away_rows[r]], unless away_rows[r] is -1;
+//   out[r] = hidden[r] / sqrt(mean(hidden[r]^2) + eps) * norm_weight.
+struct MergeNormParams {
+  DType dtype;
+  int64_t num_rows, hidden_size, num_home;
+  void* hidden;  // [num_rows, hidden_size]
+  int64_t stride_row;
+  const int64_t* away_rows;  // [num_home]: num_home to num_rows - 1, or -1
+  const float* weights;      // [num_home]; not read where away_rows is -1
+  const void* norm_weight;   // [hidden_size]
+  float eps;
+  void* out;  // [num_home, hidden_size] contiguous
 };
 
 // Runs body(ctx, begin, end) over sub-ranges of [0, count). The caller supplies it, so that threads follow the

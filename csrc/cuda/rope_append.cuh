@@ -1,0 +1,67 @@
+// append with rotary position embedding: q in place, k on its way into the pool, v copied.
+//
+// A row has an item for each vector of half a head: of every query head and key head to turn, of every value head to
+// copy. A thread per item: it reads both halves of what it turns, so that q can be turned in place.
+#pragma once
+
+#include "cuda/intrinsics/intrinsics.h"
+#include "fmd/params.h"
+
+namespace fmd::cuda {
+
+constexpr int kRopeThreads = 256;
+
+template <typename T, int kElements>
+struct alignas(sizeof(T) * kElements) RopeVec {
+  T element[kElements];
+};
+
+// kElements: of a 16-byte vector, or 1 where something is not aligned for that.
+template <typename T, int kElements>
+FMD_KERNEL(kRopeThreads, 1)
+rope_append_kernel(const RopeAppendParams params) {
+  using Vec = RopeVec<T, kElements>;
+  const AppendParams& append = params.append;
+  const int64_t half = append.head_dim / 2, half_vecs = half / kElements;
+  const int64_t num_heads = params.num_qo_heads + 2 * append.num_kv_heads;
+  const int64_t item = block_index() * kRopeThreads + thread_index();
+  const int64_t row = item / (num_heads * half_vecs);
+  if (row >= append.num_rows) return;
+  int64_t head = item / half_vecs % num_heads;
+  const int64_t low = item % half_vecs * kElements;  // element of the head; the other is low + half
+
+  const T* from;
+  T* to;
+  const bool is_q = head < params.num_qo_heads;
+  const bool is_v = head >= params.num_qo_heads + append.num_kv_heads;
+  if (is_q) {
+    to = static_cast<T*>(params.q) + row * params.q_stride_row + head * params.q_stride_head;
+    from = to;
+  } else {
+    head = (head - params.num_qo_heads) % append.num_kv_heads;
+    const int64_t slot = append.slots[row];
+    from = is_v ? static_cast<const T*>(append.v) + row * append.v_stride_row + head * append.v_stride_head
+                : static_cast<const T*>(append.k) + row * append.k_stride_row + head * append.k_stride_head;
+    to = is_v ? static_cast<T*>(append.v_pool) + head * append.v_pool_stride_head + slot * append.v_pool_stride_slot
+              : static_cast<T*>(append.k_pool) + head * append.k_pool_stride_head + slot * append.k_pool_stride_slot;
+  }
+  Vec a = *reinterpret_cast<const Vec*>(from + low);
+  Vec b = *reinterpret_cast<const Vec*>(from + low + half);
+  if (!is_v) {
+    const auto angle = [&](const void* angles, int64_t index) {
+      return params.angle_dtype == DType::kFloat32 ? static_cast<const float*>(angles)[index]
+                                                   : to_float(static_cast<const T*>(angles)[index]);
+    };
+    const int64_t cos_at = row * params.cos_stride_row + low, sin_at = row * params.sin_stride_row + low;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float x = to_float(a.element[i]), y = to_float(b.element[i]);
+      a.element[i] = from_float<T>(x * angle(params.cos, cos_at + i) - y * angle(params.sin, sin_at + i));
+      b.element[i] = from_float<T>(y * angle(params.cos, cos_at + half + i) + x * angle(params.sin, sin_at + half + i));
+    }
+  }
+  *reinterpret_cast<Vec*>(to + low) = a;
+  *reinterpret_cast<Vec*>(to + low + half) = b;
+}
+
+}  // namespace fmd::cuda
