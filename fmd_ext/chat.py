@@ -57,20 +57,20 @@ def prepare_inputs(
     """The inputs of one conversation about one or several clips; ``model.generate(**inputs)`` answers it.
 
     Args:
-        processor: of a Qwen2.5-Omni model, or a `ClipProcessor`.
+        processor: of a Qwen2.5-Omni or Qwen3-Omni model, or a `ClipProcessor`.
         clips: what the question is about; none of them is a question without a clip.
         question: of the user, not empty.
         use_audio_in_video: interleave picture and sound of each clip in time, as the model's own name says, instead
             of all picture first and all sound after it. A clip that lacks one of them has nothing to interleave.
         system_prompt: first turn of the conversation; None: the one that the model was trained with.
         frame_pixels: least and most pixels to which a frame is scaled; None leaves it to the processor. The number
-            of visual tokens follows from it: one for 28 x 28 pixels of every two frames.
+            of visual tokens follows from it: one for 28 x 28 pixels of every two frames (Qwen3-Omni: 32 x 32).
 
     Returns:
-        The inputs by name, with input_ids and attention_mask int64 [1, N]. For Qwen2.5-Omni: for clips with picture
-        pixel_values_videos float32 [patches, 1176], video_grid_thw int64 [clips, 3] and video_second_per_grid float32
-        [clips]; for clips with sound input_features float32 [clips, mel, frames] and feature_attention_mask
-        [clips, frames]; and use_audio_in_video, true, where picture and sound are interleaved.
+        The inputs by name, with input_ids and attention_mask int64 [1, N]. For Qwen2.5-Omni and Qwen3-Omni: for clips
+        with picture pixel_values_videos float32 [patches, 1176 or 1536], video_grid_thw int64 [clips, 3] and
+        video_second_per_grid float32 [clips]; for clips with sound input_features float32 [clips, mel, frames] and
+        feature_attention_mask [clips, frames]; and use_audio_in_video, true, where picture and sound are interleaved.
 
     Raises:
         ValueError: an empty question; clips of different frame rates; clips with and without sound together when

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 import fmd_ext
 from fmd_ext import FMDConfig
+from fmd_ext.chat import prepare_inputs
+from fmd_ext.cli import main
+from fmd_ext.media import load_clip
 from fmd_ext.reference import decoder_inputs, reference_generate, reference_hidden, reference_logits
+from fmd_ext.tiny import TOKEN_IDS, save_random_model, write_clip
+from fmd_ext.tiny.processor import tiny_qwen3_processor
 from fmd_ext.tiny.qwen3_omni import tiny_qwen3_omni, tiny_qwen3_thinker
 from omni_inputs import (
     AUDIO_ONLY,
@@ -128,8 +134,8 @@ def test_speech_out_of_the_full_model():
     # In transformers 5.23 the talker looks for the length of the sound's windows in its own config, which has none.
     full.talker.config.audio_config = full.thinker.config.audio_config
     inputs = build_inputs([VIDEO_AUDIO])
-    turns = [fmd_ext.tiny.TOKEN_IDS["im_start_token"], full.config.user_token_id]
-    answer = [fmd_ext.tiny.TOKEN_IDS["im_start_token"], full.config.assistant_token_id]
+    turns = [TOKEN_IDS["im_start_token"], full.config.user_token_id]
+    answer = [TOKEN_IDS["im_start_token"], full.config.assistant_token_id]
     ids = torch.cat([torch.tensor([turns]), inputs["input_ids"], torch.tensor([answer])], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     lengths = {"thinker_max_new_tokens": 6, "talker_max_new_tokens": 4}
@@ -154,3 +160,21 @@ def test_speech_out_of_the_full_model():
     hook.remove()
     vanilla, forked, again = heard  # hidden states of the clip's positions
     assert (forked - vanilla).abs().max() > 0.1 and torch.equal(again, vanilla)
+
+
+@pytest.mark.parametrize("speech", [False, True], ids=["thinker", "full model"])
+def test_a_folder_answers_through_the_command_line(tmp_path, capsys, speech):
+    """Picture and sound interleaved, by the family's own processor; of the full model the thinker is loaded."""
+    pytest.importorskip("torchvision")
+    save_random_model(tmp_path / "model", seed=1, family="qwen3_omni", speech=speech)
+    clip = write_clip(tmp_path / "clip.mp4", seconds=1.0)
+    options = ["--max-new-tokens", "6", "--max-frame-pixels", "4096", "--fork-layers", "2", "--interleaved"]
+    assert main(["ask", str(clip), "What?", "--model", str(tmp_path / "model"), *options]) == 0
+    thinker = Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(tmp_path / "model")
+    processor = tiny_qwen3_processor()
+    pixels = {"frame_pixels": (4096, 4096), "use_audio_in_video": True}
+    inputs = prepare_inputs(processor, load_clip(clip), "What?", **pixels)
+    handle = fmd_ext.patch(thinker, fork_layers=2)
+    ids = thinker.generate(**inputs, max_new_tokens=6, do_sample=False)
+    answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert handle.last_plan.forked.all() and answer.strip() in capsys.readouterr().out

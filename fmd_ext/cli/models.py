@@ -20,11 +20,13 @@ from fmd_ext.adapters import find_adapter
 from fmd_ext.cli.errors import UserError, blaming_input
 from fmd_ext.tiny import RANDOM_MARK, save_random_model
 
-# The class that answers in text ("module:class"), by the configuration's model_type. Of the full Qwen2.5-Omni only the
+# The class that answers in text ("module:class"), by the configuration's model_type. Of the full omni models only the
 # thinker is loaded: the talker and the speech decoder would take memory for nothing.
 MODEL_CLASSES = {
     "qwen2_5_omni": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen2_5_omni_thinker": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
+    "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
 }
 
 

@@ -1,6 +1,8 @@
-"""Builds, without a download, the processor of the random-weight models: a byte tokenizer and Qwen2.5-Omni's parts."""
+"""Builds, without a download, the processors of the random-weight models: a byte tokenizer and the families' parts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -8,10 +10,12 @@ from transformers import (
     Qwen2_5OmniProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3OmniMoeProcessor,
     WhisperFeatureExtractor,
 )
 
 from fmd_ext.tiny.model import NUM_MEL_BINS
+from fmd_ext.tiny.qwen3_omni import PATCH_SIZE as QWEN3_PATCH_SIZE
 from fmd_ext.tiny.vocabulary import SPECIAL_TOKENS, TOKEN_IDS, VOCAB_SIZE, token_of_byte
 
 # Turns are <|im_start|>role\n ... <|im_end|>\n; media stand where they stand in the message, each between its markers.
@@ -62,15 +66,27 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_processor() -> Qwen2_5OmniProcessor:
     """The processor of tiny_thinker and tiny_omni: the class that real Qwen2.5-Omni models use, with small parts."""
-    return Qwen2_5OmniProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28),
-        video_processor=Qwen2VLVideoProcessor(),
-        feature_extractor=WhisperFeatureExtractor(
+    return Qwen2_5OmniProcessor(**_parts(patch_size=14))
+
+
+def tiny_qwen3_processor() -> Qwen3OmniMoeProcessor:
+    """The processor of tiny_qwen3_thinker and tiny_qwen3_omni: real Qwen3-Omni's class, with small parts."""
+    return Qwen3OmniMoeProcessor(**_parts(patch_size=QWEN3_PATCH_SIZE))
+
+
+def _parts(patch_size: int) -> dict[str, Any]:
+    token_pixels = (2 * patch_size) ** 2
+    return {
+        "image_processor": Qwen2VLImageProcessor(
+            patch_size=patch_size, min_pixels=4 * token_pixels, max_pixels=64 * token_pixels
+        ),
+        "video_processor": Qwen2VLVideoProcessor(patch_size=patch_size),
+        "feature_extractor": WhisperFeatureExtractor(
             feature_size=NUM_MEL_BINS, chunk_length=30, return_attention_mask=True
         ),
-        tokenizer=byte_tokenizer(),
-        chat_template=CHAT_TEMPLATE,
-    )
+        "tokenizer": byte_tokenizer(),
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def unreadable_tokens() -> list[int]:
