@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from . import _core, ops
 from .adapters import AUDIO, JOINT, VISUAL
-from .config import FMDConfig
+from .auto import Reading, default_depth, largest_depth
+from .config import AUTO, FMDConfig
 from .plan import AttentionStep, StepPlan
 
 NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
@@ -179,8 +180,14 @@ class BranchedState:
         self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
         self.trunk_table = SegmentTable(batch, 1)
 
+        # Layers before the merge and home row weights [batch, 4]: None until a first call has chosen them.
+        self.fork_layers = None if self.config.fork_layers == AUTO else self.config.fork_layers
+        self.home_weights: torch.Tensor | None = None
+
     def table_of(self, layer_idx: int) -> SegmentTable:
-        return self.fork_table if layer_idx < self.config.fork_layers else self.trunk_table
+        fork_layers = self.fork_layers if self.plan is None else self.plan.fork_layers
+        is_forked = fork_layers is None or layer_idx < fork_layers
+        return self.fork_table if is_forked else self.trunk_table
 
     def make_plan(self, labels: np.ndarray, announced: np.ndarray | None = None) -> StepPlan:
         """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
@@ -213,23 +220,42 @@ class BranchedState:
         prefix_grows = (raw.phase != FORKED)[:, None]
         growing = np.concatenate([prefix_grows, ~prefix_grows, ~prefix_grows], axis=1)
         self._reserve(fork_length, growing, trunk_length)
-        self._next = (raw.phase, modalities.astype(np.int8), fork_length, trunk_length, labels)
-        return StepPlan(
+        fork = _attention_step(raw.fork, self.fork_table.start, fork_length)
+        begins = (raw.phase == FORKED) & (self.phase != FORKED)
+        fork_layers, chooses_depth = self._depth(bool(begins.any()))
+        reading = None
+        if begins.any() and (chooses_depth or (self.config.alpha == AUTO and self.config.masking == "zero")):
+            steps = (fork.get(name, torch.device("cpu")).numpy() for name in ("qo_rows", "cu_seqlens_q", "segments"))
+            reading = Reading(labels, begins, raw.positions, raw.home_rows, *steps)
+        plan = StepPlan(
             batch=batch,
             length=length,
             num_home=raw.num_home,
             positions=raw.positions,
             home_rows=raw.home_rows,
             away_modality=raw.away_modality,
-            fork=_attention_step(raw.fork, self.fork_table.start, fork_length),
+            fork=fork,
             trunk=_attention_step(raw.trunk, self.trunk_table.start, trunk_length),
-            fork_layers=self.config.fork_layers,
+            fork_layers=fork_layers,
             forked=raw.phase == FORKED,
+            chooses_depth=chooses_depth,
+            reading=reading,
+            home_weights=self.home_weights,
         )
+        self._next = (raw.phase, modalities.astype(np.int8), fork_length, trunk_length, labels, plan)
+        return plan
+
+    def _depth(self, begins: bool) -> tuple[int, bool]:
+        """Layers before the merge in the next call, and whether that is only a bound of what the call will choose."""
+        if self.fork_layers is not None:
+            return self.fork_layers, False
+        num_layers = len(self.layers)
+        return (largest_depth(num_layers), True) if begins else (default_depth(num_layers), False)
 
     def commit(self) -> None:
         """Takes over what the last plan added; called when its forward call has succeeded."""
-        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
+        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels, plan = self._next
+        self.fork_layers, self.home_weights = plan.fork_layers, plan.home_weights
         is_text = labels == 0
         tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
         self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
@@ -265,6 +291,8 @@ class BranchedState:
         self.batch = len(index)
         for name in ("phase", "modalities", "valid", "text_tail"):
             setattr(self, name, getattr(self, name)[index])
+        if self.home_weights is not None:
+            self.home_weights = self.home_weights[torch.from_numpy(index).to(self.home_weights.device)]
 
     def crop(self, count: int) -> None:
         """Forgets the last ``count`` positions, which must be text after the last position of a branch modality."""

@@ -10,6 +10,7 @@ from typing import Any
 
 MODALITIES = ("visual", "audio")
 MASKINGS = ("zero", "attention")
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class FMDConfig:
     Args:
         fork_layers: decoder layers that run once per branch, 0 to the number of layers (the paper's L_fork).
             0 is the untouched model. The paper's values are not public; our default is a quarter of the layers.
+            ``"auto"`` (ours): each call with a new prompt chooses, from its own attention; one depth for the batch.
         masking: how a branch loses the other modality. ``"zero"`` (the paper, default): its embeddings are multiplied
             by ``mask_scale`` and stay in the sequence. ``"attention"`` (ours): its positions are absent, nobody
             attends to them; a joint position has nothing to leave out, so it needs ``"zero"``.
@@ -27,6 +29,7 @@ class FMDConfig:
             branch in which it is masked gets ``1 - alpha``. One number, or ``{"visual": a, "audio": b}``. Without
             effect for ``masking="attention"``, where such a position exists in one branch only. Default 0.8: the
             paper's value for VideoLLaMA2; for other models a choice of ours.
+            ``"auto"`` (ours): each sample chooses, for each modality, from its prompt's own attention.
         text_weight: weight in [0, 1] of the visual branch at text positions and at joint ones (which mix both
             modalities: channel-wise fusion), default 0.5 (a plain average).
 
@@ -34,14 +37,14 @@ class FMDConfig:
         TypeError, ValueError: naming the field, what was given and what is accepted.
     """
 
-    fork_layers: int | None = None
+    fork_layers: int | str | None = None
     masking: str | None = None
     mask_scale: float | None = None
-    alpha: float | Mapping[str, float] | None = None
+    alpha: float | str | Mapping[str, float] | None = None
     text_weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.fork_layers is not None:
+        if self.fork_layers is not None and self.fork_layers != AUTO:
             object.__setattr__(self, "fork_layers", _layer_count(self.fork_layers))
         if self.masking is not None and self.masking not in MASKINGS:
             raise ValueError(f"masking must be one of {', '.join(map(repr, MASKINGS))}, got {self.masking!r}")
@@ -52,7 +55,7 @@ class FMDConfig:
             if set(self.alpha) != set(MODALITIES):
                 raise ValueError(f"alpha must have exactly the keys {list(MODALITIES)}, got {sorted(self.alpha)}")
             object.__setattr__(self, "alpha", {m: _unit_interval(f"alpha[{m!r}]", self.alpha[m]) for m in MODALITIES})
-        elif self.alpha is not None:
+        elif self.alpha is not None and self.alpha != AUTO:
             object.__setattr__(self, "alpha", _unit_interval("alpha", self.alpha))
         if self.masking == "attention" and self.mask_scale:
             raise ValueError(
@@ -80,14 +83,19 @@ class FMDConfig:
             values[field.name] = next(value for value in candidates if value is not None)
         if values["masking"] == "attention" and self.mask_scale is None:
             values["mask_scale"] = 0.0
-        if values["fork_layers"] > num_layers:
+        if values["fork_layers"] != AUTO and values["fork_layers"] > num_layers:
             given = values["fork_layers"]
             raise ValueError(f"fork_layers={given} is out of range: the decoder has {num_layers} layers")
         return FMDConfig(**values)
 
     @property
     def merge_weights(self) -> tuple[float, float, float, float]:
-        """Home row weights (text, visual, audio, joint) in the merge; the config must be resolved."""
+        """Home row weights (text, visual, audio, joint) in the merge; the config must be resolved.
+
+        Those of an alpha that samples choose for themselves are nan.
+        """
+        if self.alpha == AUTO:
+            return (self.text_weight, math.nan, math.nan, self.text_weight)
         alpha = self.alpha if isinstance(self.alpha, Mapping) else dict.fromkeys(MODALITIES, self.alpha)
         return (self.text_weight, alpha["visual"], alpha["audio"], self.text_weight)
 
@@ -98,7 +106,7 @@ def _layer_count(value: Any) -> int:
             raise TypeError
         count = operator.index(value)
     except TypeError:
-        raise TypeError(f"fork_layers must be a whole number, got {value!r}") from None
+        raise TypeError(f"fork_layers must be a whole number or 'auto', got {value!r}") from None
     if count < 0:
         raise ValueError(f"fork_layers must be 0 or more, got {count}")
     return count
@@ -110,7 +118,8 @@ def _unit_interval(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}") from None
+        or_auto = " or 'auto'" if name == "alpha" else ""
+        raise TypeError(f"{name} must be a number in [0, 1]{or_auto}, got {value!r}") from None
     if math.isnan(number) or not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {number}")
     return number

@@ -17,8 +17,9 @@ from transformers import AttentionInterface
 from transformers.modeling_outputs import ModelOutput
 
 from . import ops
-from .adapters import JOINT, PADDING, TEXT, Adapter
+from .adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, Adapter
 from .cache import adopt, modality_bits
+from .config import AUTO
 from .plan import StepPlan
 from .session import UNREAD_BRANCHES, Session, check_labels
 
@@ -59,6 +60,8 @@ def branched_attention(
     step = fmd_plan.attention_for(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = query[0].transpose(0, 1)
+    if fmd_plan.reading is not None and module.layer_idx < fmd_plan.fork_layers:
+        fmd_plan.reading.add(rows, key, scale)
     qo_rows, segments = step.get("qo_rows", rows.device), step.get("segments", rows.device)
     if step.max_qo_len == 1:
         out, _ = ops.branched_decode(rows, key, value, qo_rows, segments, scale)
@@ -72,14 +75,19 @@ AttentionInterface.register(ATTENTION_NAME, branched_attention)
 
 
 class MergeHook:
-    """Forward pre-hook of the layers after the fork: merges once, then keeps the home rows of every argument."""
+    """Forward pre-hook of the layers after the fork: merges once, then keeps the home rows of every argument.
 
-    def __init__(self, session: Session) -> None:
+    Args:
+        layer_idx: of the layer, or the number of layers for the final norm.
+    """
+
+    def __init__(self, session: Session, layer_idx: int) -> None:
         self.session = session
+        self.layer_idx = layer_idx
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         plan = self.session.plan
-        if plan is None or plan.num_away == 0:
+        if plan is None or plan.num_away == 0 or not self._is_after_fork(plan):
             return None
         rows, home = plan.num_rows, plan.num_home
 
@@ -100,15 +108,32 @@ class MergeHook:
                 kwargs[name] = home_rows(kwargs[name], dim)
         return args, kwargs
 
+    def _is_after_fork(self, plan: StepPlan) -> bool:
+        if plan.chooses_depth and self.layer_idx < plan.fork_layers and plan.reading.is_over:
+            plan.fork_layers = self.layer_idx
+        return self.layer_idx >= plan.fork_layers
+
     def _merge(self, hidden: torch.Tensor, plan: StepPlan) -> None:
         tensors, device = plan.tensors, hidden.device
         weights = torch.tensor(self.session.config.merge_weights, dtype=torch.float32, device=device)
-        ops.merge_(
-            hidden[0],
-            tensors.get("home_rows", device),
-            tensors.get("away_rows", device),
-            weights[tensors.get("away_modality", device)],
-        )
+        if plan.reading is not None and self.session.config.alpha == AUTO:
+            plan.home_weights = self._chosen_weights(weights, plan)
+        away_modality = tensors.get("away_modality", device)
+        if plan.home_weights is None:
+            away_weights = weights[away_modality]
+        else:
+            samples = torch.from_numpy(plan.positions[plan.home_rows] // plan.length).to(device)
+            away_weights = plan.home_weights[samples, away_modality]
+        ops.merge_(hidden[0], tensors.get("home_rows", device), tensors.get("away_rows", device), away_weights)
+
+    def _chosen_weights(self, weights: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
+        chosen = weights.repeat(plan.batch, 1)
+        chosen[:, VISUAL : AUDIO + 1] = plan.reading.alphas
+        if plan.home_weights is None:
+            return chosen
+        begins = torch.from_numpy(plan.reading.samples).to(chosen.device)
+        return torch.where(begins[:, None], chosen, plan.home_weights)
 
 
 class ForkedDecoder:

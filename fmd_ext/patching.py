@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import Adapter, find_adapter
-from .config import FMDConfig
+from .config import AUTO, FMDConfig
 from .decoder import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
 from .deepstack import PackedDeepstack
 from .entry import EntryForward, EntryGenerate, ReadLabels
@@ -89,15 +89,15 @@ class Handle:
     def _install_decoder(self) -> None:
         decoder = self.decoder
         refuse_unsupported(decoder, self.adapter)
-        fork_layers = self.config.fork_layers
         self._override(decoder, "forward", ForkedDecoder)
         if hasattr(decoder, self.adapter.deepstack):
             self._override(decoder, self.adapter.deepstack, PackedDeepstack)
         for module in (decoder, *(getattr(layer, self.adapter.attention) for layer in decoder.layers)):
             self._set(module, "config", branched_config(module.config))
-        merge = MergeHook(self.session)
-        for module in (*decoder.layers[fork_layers:], decoder.norm):
-            self._hooks.append(module.register_forward_pre_hook(merge, with_kwargs=True))
+        first = 1 if self.config.fork_layers == AUTO else self.config.fork_layers
+        for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
+            hook = MergeHook(self.session, index)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         for hook in self._hooks:

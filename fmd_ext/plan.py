@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .auto import Reading
+
 
 class DeviceTensors:
     """int64 numpy arrays as tensors, one copy per device, made when first asked for."""
@@ -49,8 +51,12 @@ class StepPlan:
         home_rows: [away rows] int64, the home row that away row ``num_home + j`` merges into.
         away_modality: [away rows] int64, label of that position (0 text, 1 visual, 2 audio, 3 joint).
         fork, trunk: attention before and after the merge.
-        fork_layers: number of layers before the merge.
+        fork_layers: number of layers before the merge. While ``chooses_depth``, the largest that it may become.
         forked: [batch] bool, samples that are in the fork after this call.
+        chooses_depth: whether ``reading`` decides on ``fork_layers`` during the call.
+        reading: what the samples that begin to fork attend to, where a setting is "auto"; else None.
+        home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
+            samples; else None.
     """
 
     batch: int
@@ -63,6 +69,9 @@ class StepPlan:
     trunk: AttentionStep
     fork_layers: int
     forked: np.ndarray
+    chooses_depth: bool = False
+    reading: Reading | None = None
+    home_weights: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:

@@ -14,11 +14,14 @@ from torch import nn
 from .adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, find_adapter
 from .config import FMDConfig
 
+# The settings of all samples, or of each.
+Configs = FMDConfig | Sequence[FMDConfig]
+
 
 @torch.no_grad()
 def reference_hidden(
     decoder: nn.Module,
-    config: FMDConfig,
+    config: Configs,
     inputs_embeds: torch.Tensor,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None = None,
@@ -30,7 +33,7 @@ def reference_hidden(
 
     Args:
         decoder: an unpatched text decoder (``layers``, ``norm``, ``rotary_emb``).
-        config: resolved settings.
+        config: resolved settings, the same for all samples or one for each.
         inputs_embeds: [batch, length, hidden].
         labels: [batch, length] of -1 padding, 0 text, 1 visual, 2 audio, 3 joint.
         position_ids: [batch, length], [3, batch, length] (M-RoPE) or [4, batch, length] (text positions first).
@@ -58,7 +61,7 @@ def reference_hidden(
         branches = None if branch_embeds is None else branch_embeds[:, b : b + 1, keep]
         states = _sample(
             decoder,
-            config,
+            _settings(config, b),
             inputs_embeds[b : b + 1, keep],
             branches,
             labels[b, keep],
@@ -70,6 +73,10 @@ def reference_hidden(
         samples.append(padded)
     stacked = torch.stack(samples, dim=1)  # [states, batch, length, hidden]
     return list(stacked) if hidden_states else stacked[-1]
+
+
+def _settings(config: Configs, sample: int) -> FMDConfig:
+    return config if isinstance(config, FMDConfig) else config[sample]
 
 
 def _sample(
@@ -193,17 +200,22 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.
 
 
 @torch.no_grad()
-def reference_logits(model: nn.Module, config: FMDConfig, *, adapter: Any = None, **inputs: Any) -> torch.Tensor:
+def reference_logits(model: nn.Module, config: Configs, *, adapter: Any = None, **inputs: Any) -> torch.Tensor:
     """Logits [batch, length, vocabulary] of fork-merge decoding for the ``inputs`` of a plain forward call."""
     chosen = find_adapter(model, adapter)
-    given = decoder_inputs(model, adapter, config.mask_scale, **inputs)
+    given = decoder_inputs(model, adapter, _settings(config, 0).mask_scale, **inputs)
     hidden = reference_hidden(chosen.find_decoder(model), config, **given)
     return chosen.find_entry(model).get_output_embeddings()(hidden)
 
 
 @torch.no_grad()
 def reference_generate(
-    model: nn.Module, config: FMDConfig, max_new_tokens: int, *, adapter: Any = None, **inputs: Any
+    model: nn.Module,
+    config: Configs,
+    max_new_tokens: int,
+    *,
+    adapter: Any = None,
+    **inputs: Any,
 ) -> torch.Tensor:
     """Greedy tokens [batch, max_new_tokens], every step a full recompute; no end-of-sequence handling.
 
@@ -211,7 +223,7 @@ def reference_generate(
     """
     chosen = find_adapter(model, adapter)
     entry, decoder = chosen.find_entry(model), chosen.find_decoder(model)
-    given = decoder_inputs(model, adapter, config.mask_scale, **inputs)
+    given = decoder_inputs(model, adapter, _settings(config, 0).mask_scale, **inputs)
     embeds, positions, labels = given["inputs_embeds"], given["position_ids"], given["labels"]
     branches, deepstack = given.get("branch_embeds"), given.get("deepstack")
     if positions is None:

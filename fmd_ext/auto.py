@@ -1,0 +1,119 @@
+"""Settings that a prompt chooses for itself, from the attention of its last token in the fork: alpha="auto" and
+fork_layers="auto". docs/calibration.md defines and justifies both; they are ours, not the paper's.
+
+The last token has a row in each branch. Its attention there, summed over the keys of a modality and averaged over the
+heads, is the share S[branch, modality]; one such row per branch and layer is all that is computed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .adapters import AUDIO, JOINT, VISUAL
+
+# Labels of the keys that count as visual and as audio.
+MODALITIES = ((VISUAL, JOINT), (AUDIO, JOINT))
+# A sample stops forking after the layer in which it reads its modalities less than this part of the most so far.
+READING_FADES = 0.5
+
+
+def largest_depth(num_layers: int) -> int:
+    """The deepest fork that ``fork_layers="auto"`` chooses."""
+    return max(1, num_layers // 2)
+
+
+def default_depth(num_layers: int) -> int:
+    """The package's default, which "auto" falls back to where nothing forks in the first call on a cache."""
+    return max(1, num_layers // 4)
+
+
+class Reading:
+    """The last rows of the samples that begin to fork in a call, and how they share their attention.
+
+    Args:
+        labels: int8 [batch, length] of the call.
+        samples: [batch] bool, those that begin to fork in this call.
+        positions, home_rows, qo_rows, cu_seqlens_q, segments: of the plan and its fork step, see `StepPlan`.
+
+    Attributes:
+        shares: float32 [batch, 2, 2] (branch, modality), summed over the layers that have been read.
+        depths: int64 [batch]: the layer after which a sample stops forking; 0 while it goes on.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        samples: np.ndarray,
+        positions: np.ndarray,
+        home_rows: np.ndarray,
+        qo_rows: np.ndarray,
+        cu_seqlens_q: np.ndarray,
+        segments: np.ndarray,
+    ) -> None:
+        self.samples = samples
+        self.shares: torch.Tensor | None = None
+        self._most: torch.Tensor | None = None
+        num_home, length = len(positions) - len(home_rows), labels.shape[1]
+        label_of_row = labels.ravel()[positions]
+        place_of_row = np.empty(len(positions), np.int64)
+        place_of_row[qo_rows] = np.arange(len(qo_rows))
+        self._rows: list[tuple[int, int, int, tuple[int, ...], np.ndarray]] = []
+        for sample in np.flatnonzero(samples):
+            own = np.flatnonzero(positions[:num_home] // length == sample)
+            home = int(own[-1])  # rows are in the order of the positions
+            away = num_home + np.flatnonzero(home_rows == home)
+            home_branch = 1 if label_of_row[home] == AUDIO else 0
+            for row, branch in ((home, home_branch), *((int(row), 1 - home_branch) for row in away)):
+                group = int(np.searchsorted(cu_seqlens_q, place_of_row[row], side="right")) - 1
+                keys = qo_rows[cu_seqlens_q[group] : cu_seqlens_q[group + 1]]  # the branch holds this call's rows only
+                self._rows.append((int(sample), branch, row, tuple(segments[group].tolist()), label_of_row[keys]))
+        self._masks: dict[torch.device, list[torch.Tensor]] = {}
+
+    def add(self, rows: torch.Tensor, pool: torch.Tensor, scale: float) -> None:
+        """One forked layer: queries [rows, num_qo_heads, head_dim] and the pool [num_kv_heads, num_slots, head_dim]."""
+        shares = torch.zeros(len(self.samples), 2, 2, device=rows.device)
+        for (sample, branch, row, segment, _), of_modality in zip(
+            self._rows, self._modalities(rows.device), strict=True
+        ):
+            kv_start, kv_len, prefix_start, prefix_len = segment
+            query = rows[row].float().view(pool.shape[0], -1, rows.shape[-1])
+            parts = [
+                query @ pool[:, start : start + length].float().transpose(-1, -2) * scale
+                for start, length in ((kv_start, kv_len), (prefix_start, prefix_len))
+            ]
+            weights = torch.cat(parts, dim=-1).softmax(-1).flatten(0, 1).mean(0)
+            shares[sample, branch] = of_modality @ weights[:kv_len]
+        self.shares = shares if self.shares is None else self.shares + shares
+        self._follow(shares)
+
+    def _modalities(self, device: torch.device) -> list[torch.Tensor]:
+        """float32 [2, keys] for each row: 1 where the key is of the modality."""
+        if device not in self._masks:
+            self._masks[device] = [
+                torch.from_numpy(np.stack([np.isin(labels, own) for own in MODALITIES]).astype(np.float32)).to(device)
+                for *_, labels in self._rows
+            ]
+        return self._masks[device]
+
+    def _follow(self, shares: torch.Tensor) -> None:
+        """Notes which samples have stopped reading their modalities in this layer."""
+        reading = shares[:, 0, 0] + shares[:, 1, 1]
+        if self._most is None:
+            self._most, self._num_layers, self.depths = reading, 0, torch.zeros_like(reading, dtype=torch.int64)
+        self._most = torch.maximum(self._most, reading)
+        self._num_layers += 1
+        fades = (reading < READING_FADES * self._most) & (self.depths == 0)
+        self.depths = torch.where(fades, self._num_layers, self.depths)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all samples have stopped forking: the deepest of them decides for the batch."""
+        return bool((self.depths > 0)[torch.from_numpy(self.samples).to(self.depths.device)].all())
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        """float32 [batch, 2]: alpha per modality, S[own branch] / (S[own branch] + S[other branch])."""
+        own = torch.stack([self.shares[:, 0, 0], self.shares[:, 1, 1]], -1)
+        other = torch.stack([self.shares[:, 1, 0], self.shares[:, 0, 1]], -1)
+        return torch.where(own + other > 0, own / (own + other).clamp(min=1e-30), 0.5)
