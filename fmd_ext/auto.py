@@ -37,8 +37,7 @@ class Reading:
         positions, home_rows, qo_rows, cu_seqlens_q, segments: of the plan and its fork step, see `StepPlan`.
 
     Attributes:
-        shares: float32 [batch, 2, 2] (branch, modality), summed over the layers that have been read.
-        depths: int64 [batch]: the layer after which a sample stops forking; 0 while it goes on.
+        layers: for each layer that has been read the shares, float32 [batch, 2, 2] (branch, modality).
     """
 
     def __init__(
@@ -52,8 +51,7 @@ class Reading:
         segments: np.ndarray,
     ) -> None:
         self.samples = samples
-        self.shares: torch.Tensor | None = None
-        self._most: torch.Tensor | None = None
+        self.layers: list[torch.Tensor] = []
         num_home, length = len(positions) - len(home_rows), labels.shape[1]
         label_of_row = labels.ravel()[positions]
         place_of_row = np.empty(len(positions), np.int64)
@@ -84,8 +82,7 @@ class Reading:
             ]
             weights = torch.cat(parts, dim=-1).softmax(-1).flatten(0, 1).mean(0)
             shares[sample, branch] = of_modality @ weights[:kv_len]
-        self.shares = shares if self.shares is None else self.shares + shares
-        self._follow(shares)
+        self.layers.append(shares)
 
     def _modalities(self, device: torch.device) -> list[torch.Tensor]:
         """float32 [2, keys] for each row: 1 where the key is of the modality."""
@@ -96,24 +93,37 @@ class Reading:
             ]
         return self._masks[device]
 
-    def _follow(self, shares: torch.Tensor) -> None:
-        """Notes which samples have stopped reading their modalities in this layer."""
-        reading = shares[:, 0, 0] + shares[:, 1, 1]
-        if self._most is None:
-            self._most, self._num_layers, self.depths = reading, 0, torch.zeros_like(reading, dtype=torch.int64)
-        self._most = torch.maximum(self._most, reading)
-        self._num_layers += 1
-        fades = (reading < READING_FADES * self._most) & (self.depths == 0)
-        self.depths = torch.where(fades, self._num_layers, self.depths)
+    @property
+    def depths(self) -> torch.Tensor:
+        """int64 [batch]: the layers after which a sample stops forking; 0 while it goes on."""
+        return fading_depths(torch.stack(self.layers))
 
     @property
     def is_over(self) -> bool:
         """Whether all samples have stopped forking: the deepest of them decides for the batch."""
-        return bool((self.depths > 0)[torch.from_numpy(self.samples).to(self.depths.device)].all())
+        samples = torch.from_numpy(self.samples).to(self.layers[0].device)
+        return bool((self.depths > 0)[samples].all())
 
     @property
     def alphas(self) -> torch.Tensor:
-        """float32 [batch, 2]: alpha per modality, S[own branch] / (S[own branch] + S[other branch])."""
-        own = torch.stack([self.shares[:, 0, 0], self.shares[:, 1, 1]], -1)
-        other = torch.stack([self.shares[:, 1, 0], self.shares[:, 0, 1]], -1)
-        return torch.where(own + other > 0, own / (own + other).clamp(min=1e-30), 0.5)
+        """float32 [batch, 2]: alpha per modality from the layers that have been read."""
+        return alphas_of(torch.stack(self.layers))
+
+
+def fading_depths(layers: torch.Tensor) -> torch.Tensor:
+    """int64 [batch]: the first number of layers after which modalities are read less than `READING_FADES` times the
+    most so far; 0 where that does not happen. ``layers``: shares [layers, batch, 2, 2]."""
+    reading = layers[:, :, 0, 0] + layers[:, :, 1, 1]
+    fades = reading < READING_FADES * reading.cummax(0).values
+    return torch.where(fades.any(0), fades.int().argmax(0) + 1, 0)
+
+
+def alphas_of(layers: torch.Tensor) -> torch.Tensor:
+    """float32 [batch, 2], ``S[own branch] / (S[own branch] + S[other branch])`` per modality, S summed over layers.
+
+    ``layers``: shares [layers, batch, 2, 2]. 0.5 where nothing is read at all.
+    """
+    total = layers.sum(0)
+    own = torch.stack([total[:, 0, 0], total[:, 1, 1]], -1)
+    other = torch.stack([total[:, 1, 0], total[:, 0, 1]], -1)
+    return torch.where(own + other > 0, own / (own + other).clamp(min=1e-30), 0.5)

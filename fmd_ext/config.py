@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 MODALITIES = ("visual", "audio")
 MASKINGS = ("zero", "attention")
 AUTO = "auto"
+FILE_KEY = "fork_merge_decoding"  # under which a file holds the settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,31 @@ class FMDConfig:
                 f"mask_scale={self.mask_scale} has no meaning with masking='attention' (masked positions are absent); "
                 "use masking='zero' for soft masking"
             )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> FMDConfig:
+        """The settings in a file that `to_file` or ``fmd-ext calibrate`` has written; null or absent: the default.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: no such file's content, an unknown setting, or a value out of range; the message names the file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        settings = content.get(FILE_KEY) if isinstance(content, dict) else None
+        if not isinstance(settings, dict):
+            raise ValueError(f'{path} holds no settings: {{"{FILE_KEY}": {{"alpha": 0.8, ...}}}} is expected')
+        try:
+            return cls().replace(**settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_file(self, path: str | Path, **more: Any) -> None:
+        """Writes the settings as JSON, and beside them ``more``, which `from_file` does not read."""
+        settings = {name: dict(v) if isinstance(v, Mapping) else v for name, v in vars(self).items()}
+        Path(path).write_text(json.dumps({FILE_KEY: settings, **more}, indent=1) + "\n", encoding="utf-8")
 
     def replace(self, **overrides: Any) -> FMDConfig:
         """A copy with some fields changed. Raises TypeError for a name that is no field."""

@@ -108,7 +108,7 @@ ASK = ("ask", "clip.mp4", "What?")
         ((*ASK, "--alpha", "1.5"), "alpha must be in [0, 1], got 1.5"),
         ((*ASK, "--alpha", "nan"), "alpha must be in [0, 1], got nan"),
         ((*ASK, "--alpha", "visual=0.5"), "alpha must have exactly the keys"),
-        ((*ASK, "--alpha", "much"), "argument --alpha: a number or visual=A,audio=B, got 'much'"),
+        ((*ASK, "--alpha", "much"), "argument --alpha: a number, visual=A,audio=B or auto, got 'much'"),
         ((*ASK, "--fork-layers", "-1"), "fork_layers must be 0 or more, got -1"),
         ((*ASK, "--fork-layers", "5"), "fork_layers=5 is out of range: the decoder has 4 layers"),
         ((*ASK, "--masking", "attention", "--mask-scale", "0.5"), "mask_scale=0.5 has no meaning"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -65,3 +66,30 @@ def test_fork_layers_beyond_the_decoder():
 def test_unknown_override_names_the_settings():
     with pytest.raises(TypeError, match="unknown FMD setting 'layers'; the settings are fork_layers, masking"):
         FMDConfig().replace(layers=3)
+
+
+def test_a_file_gives_the_settings_back(tmp_path):
+    path = tmp_path / "fmd.json"
+    for config in (
+        FMDConfig(fork_layers=3, alpha={"visual": 0.75, "audio": 1}, masking="zero", mask_scale=0.25),
+        FMDConfig(fork_layers="auto", alpha="auto"),
+    ):
+        config.to_file(path, measured={"samples": 100})
+        assert FMDConfig.from_file(path) == config
+        assert json.loads(path.read_text())["measured"] == {"samples": 100}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds no settings"),
+        ('{"alpha": 0.8}', "holds no settings"),
+        ('{"fork_merge_decoding": {"depth": 3}}', r"fmd.json: unknown FMD setting 'depth'"),
+        ('{"fork_merge_decoding": {"alpha": 3}}', r"fmd.json: alpha must be in \[0, 1\], got 3"),
+    ],
+)
+def test_files_that_hold_no_settings(tmp_path, content, says):
+    (tmp_path / "fmd.json").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        FMDConfig.from_file(tmp_path / "fmd.json")

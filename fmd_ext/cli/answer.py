@@ -64,9 +64,12 @@ def patched(loaded: LoadedModel, config: FMDConfig) -> Iterator[FMDConfig]:
 
 
 def config_from(args: argparse.Namespace) -> FMDConfig:
-    """The settings given on the command line. Raises UserError for a value out of range."""
-    with blaming_input(ValueError, TypeError):
-        return FMDConfig(args.fork_layers, args.masking, args.mask_scale, args.alpha, args.text_weight)
+    """The settings given on the command line, which win over those of ``--config``. Raises UserError for wrong ones."""
+    names = [field.name for field in dataclasses.fields(FMDConfig)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    with blaming_input(ValueError, TypeError, OSError):
+        config = FMDConfig() if args.config is None else FMDConfig.from_file(args.config)
+        return config.replace(**given)
 
 
 def check_context(loaded: LoadedModel, inputs: dict[str, Any], max_new_tokens: int) -> None:

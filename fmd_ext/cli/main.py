@@ -87,10 +87,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_method(parser: argparse.ArgumentParser) -> None:
     """Settings of fork-merge decoding; one that is not given takes the model's default."""
     group = parser.add_argument_group("fork-merge decoding")
-    group.add_argument("--fork-layers", type=int, metavar="N", help="decoder layers that run once per branch")
+    group.add_argument("--config", metavar="FILE", help="settings that fmd-ext calibrate has written")
+    group.add_argument(
+        "--fork-layers", type=_layers, metavar="N", help="decoder layers that run once per branch: a number, or auto"
+    )
     group.add_argument("--masking", choices=("zero", "attention"), help="how a branch loses the other modality")
     group.add_argument("--mask-scale", type=float, metavar="S", help="factor on masked embeddings (zero masking)")
-    group.add_argument("--alpha", type=_alpha, metavar="A", help="merge weight: a number, or visual=A,audio=B")
+    group.add_argument("--alpha", type=_alpha, metavar="A", help="merge weight: a number, visual=A,audio=B, or auto")
     group.add_argument("--text-weight", type=float, metavar="W", help="weight of the visual branch at text positions")
 
 
@@ -138,10 +141,19 @@ def _positive_float(text: str) -> float:
     return value
 
 
-def _alpha(text: str) -> float | dict[str, float]:
+def _layers(text: str) -> int | str:
     try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number or auto, got {text!r}") from None
+
+
+def _alpha(text: str) -> float | str | dict[str, float]:
+    try:
+        if text == "auto":
+            return text
         if "=" not in text:
             return float(text)
         return {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError:
-        raise argparse.ArgumentTypeError(f"a number or visual=A,audio=B, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"a number, visual=A,audio=B or auto, got {text!r}") from None

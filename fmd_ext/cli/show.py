@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmd_ext.cli.answer import Answer
-from fmd_ext.config import FMDConfig
+from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.diagnose import AttentionShare
 
 
@@ -19,7 +19,8 @@ def note(text: str) -> None:
 
 def describe(config: FMDConfig, num_layers: int) -> str:
     """The settings in force, in one line; those without effect are left out."""
-    parts = [f"{config.fork_layers} of {num_layers} layers forked", f"masking {config.masking}"]
+    depth = "as many as the prompt asks for" if config.fork_layers == AUTO else config.fork_layers
+    parts = [f"{depth} of {num_layers} layers forked", f"masking {config.masking}"]
     if config.masking == "zero":
         parts += [f"mask scale {config.mask_scale:g}", f"alpha {_weights(config.alpha)}"]
     return ", ".join([*parts, f"text weight {config.text_weight:g}"])
@@ -66,5 +67,7 @@ def attention(console: Console, shares: dict[str, AttentionShare]) -> None:
 _BRANCH_TITLES = {"visual": "visual branch", "audio": "audio branch", "all": "merged"}
 
 
-def _weights(alpha: float | dict[str, float]) -> str:
+def _weights(alpha: float | str | dict[str, float]) -> str:
+    if alpha == AUTO:
+        return alpha
     return f"{alpha:g}" if isinstance(alpha, float) else ", ".join(f"{name} {value:g}" for name, value in alpha.items())
