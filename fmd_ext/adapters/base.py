@@ -104,6 +104,8 @@ class Adapter:
 
 
 def _first(root: nn.Module, paths: tuple[str, ...], attribute: str) -> nn.Module:
+    if hasattr(root, "get_base_model"):  # wrapped by PEFT
+        root = root.get_base_model()
     for path in paths:
         module: Any = root
         for name in filter(None, path.split(".")):
