@@ -67,13 +67,15 @@ def load_clip(
     fps: float = 2.0,
     max_frames: int = 768,
     num_frames: int | None = None,
+    edge_seconds: int | None = None,
     sampling_rate: int = 16000,
     max_pixels: int = 1_000_000,
     progress: bool = True,
 ) -> Clip:
     """Decodes a clip and keeps one frame every ``1 / fps`` seconds: the one that a player would show at that time.
 
-    With ``num_frames`` it keeps the frames in the middle of so many equal parts of the picture, counted in frames.
+    With ``num_frames`` it keeps the frames in the middle of so many equal parts of the picture, counted in frames; with
+    ``edge_seconds`` the first and the last frame of every second.
     Only the sampled frames are kept, so memory does not grow with the frame rate of the file.
 
     Args:
@@ -82,6 +84,9 @@ def load_clip(
         max_frames: at most so many frames; a longer clip is sampled evenly at a lower rate.
         num_frames: exactly so many frames instead, whatever the clip's length; ``fps`` and ``max_frames`` have no
             effect then. A picture of fewer frames repeats them.
+        edge_seconds: two frames of each of at most so many first seconds, as video-SALMONN takes them: the first and
+            the last one in it. What is left behind the last full second is part of one that ends with the picture.
+            ``fps`` and ``max_frames`` have no effect then; the clip's ``fps`` is 2.
         sampling_rate: rate to which the sound is resampled (mono: the mean of the channels), samples per second.
         max_pixels: frames with more pixels are scaled down to about so many (width and height alike).
         progress: show a progress bar on stderr once reading takes over a second.
@@ -97,8 +102,13 @@ def load_clip(
     _check_above_zero(fps=fps, max_frames=max_frames, sampling_rate=sampling_rate, max_pixels=max_pixels)
     if num_frames is not None:
         _check_above_zero(num_frames=num_frames)
+    if edge_seconds is not None:
+        _check_above_zero(edge_seconds=edge_seconds)
+        if num_frames is not None:
+            raise ValueError("num_frames and edge_seconds exclude each other")
     with _opened(path) as container:
-        return _read(container, Path(path), fps, max_frames, num_frames, int(sampling_rate), int(max_pixels), progress)
+        pick = (num_frames, edge_seconds)
+        return _read(container, Path(path), fps, max_frames, *pick, int(sampling_rate), int(max_pixels), progress)
 
 
 def check_clip(path: str | Path) -> None:
@@ -128,6 +138,7 @@ def _read(
     fps: float,
     max_frames: int,
     num_frames: int | None,
+    edge_seconds: int | None,
     sampling_rate: int,
     max_pixels: int,
     progress: bool,
@@ -143,6 +154,9 @@ def _read(
         frames = None
     elif num_frames is not None:
         frames = _MiddleSampler(video, _middles(_count_packets(container, video), int(num_frames)), max_pixels)
+    elif edge_seconds is not None:
+        seconds = video.duration * video.time_base if video.duration else Fraction(duration)
+        frames = _EdgeSampler(video, _seconds(seconds)[: int(edge_seconds)], max_pixels)
     else:
         if duration * fps > max_frames:
             fps = max_frames / duration
@@ -185,6 +199,8 @@ def _read(
         logger.warning("%s says it lasts %.1f s, but only %.1f s can be read", path, duration, max(seconds))
     if picture is not None and num_frames is not None:
         fps = num_frames / frames.end
+    elif edge_seconds is not None:
+        fps = 2.0
     return Clip(picture, float(fps), waveform, sampling_rate, max(seconds), path)
 
 
@@ -257,6 +273,37 @@ class _MiddleSampler(_FrameSampler):
         if missing and self._latest is not None:
             self._kept += [self._picture(self._latest)] * missing
         return np.stack(self._kept) if self._kept else None
+
+
+class _EdgeSampler(_FrameSampler):
+    """Gets every decoded frame, keeps the first and the last in each of the time spans (start, end), start included."""
+
+    def __init__(self, stream: av.VideoStream, spans: list[tuple[Fraction, Fraction]], max_pixels: int) -> None:
+        super().__init__(stream, fps=2.0, max_frames=2 * len(spans), max_pixels=max_pixels)
+        self._edges: dict[tuple[Fraction, Fraction], list[av.VideoFrame]] = {span: [] for span in spans}
+        self._start: Fraction | None = None
+
+    def add(self, frame: av.VideoFrame) -> None:
+        time = Fraction(self.end) if frame.pts is None else frame.pts * frame.time_base
+        self._start = time if self._start is None else self._start
+        self.origin = float(self._start)
+        time -= self._start
+        self.end = max(self.end, float(time) + self.frame_seconds)
+        for (start, end), edges in self._edges.items():
+            if start <= time < end:
+                edges[1:] = [frame]
+
+    def finish(self) -> np.ndarray | None:
+        pictures = [[self._picture(edges[0]), self._picture(edges[-1])] for edges in self._edges.values() if edges]
+        return np.stack([picture for pair in pictures for picture in pair]) if pictures else None
+
+
+def _seconds(duration: Fraction) -> list[tuple[Fraction, Fraction]]:
+    """Spans of one second; the last one ends with the picture, and thereby overlaps the one before it."""
+    starts = [Fraction(k) for k in range(math.floor(duration))]
+    if duration % 1 or not starts:
+        starts.append(max(duration - 1, Fraction(0)))
+    return [(start, start + 1) for start in starts]
 
 
 def _middles(total: int, count: int) -> list[int]:

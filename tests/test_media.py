@@ -97,6 +97,22 @@ def test_a_fixed_number_of_frames_of_sound_alone_is_none(tmp_path):
     assert load_clip(write_clip(tmp_path / "blind.mp4", seconds=1.0, picture=False), num_frames=4).frames is None
 
 
+@pytest.mark.parametrize(
+    "seconds, limit, expected",
+    [
+        (2.48, 60, [0, 24, 25, 49, 37, 61]),  # the last second is counted from the end
+        (2.0, 60, [0, 24, 25, 49]),
+        (0.4, 60, [0, 9]),
+        (2.48, 1, [0, 24]),
+    ],
+)
+def test_the_first_and_last_frame_of_each_second(tmp_path, seconds, limit, expected):
+    path = write_clip(tmp_path / "clip.mp4", seconds=seconds)
+    every = load_clip(path, fps=25.0).frames
+    clip = load_clip(path, edge_seconds=limit, fps=1.0, max_frames=1)
+    assert clip.fps == 2.0 and np.array_equal(clip.frames, every[expected])
+
+
 def test_check_clip_refuses_without_decoding(clip_path, tmp_path):
     check_clip(clip_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -224,6 +240,7 @@ def test_damage_is_reported_and_the_rest_is_read(tmp_path, caplog):
         {"max_frames": 0},
         {"max_frames": 1.5},
         {"num_frames": 0},
+        {"edge_seconds": 1.5},
         {"sampling_rate": -1},
         {"max_pixels": ""},
     ],
@@ -231,6 +248,11 @@ def test_damage_is_reported_and_the_rest_is_read(tmp_path, caplog):
 def test_arguments_out_of_range(clip_path, arguments):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be a"):
         load_clip(clip_path, **arguments)
+
+
+def test_two_ways_to_choose_frames(clip_path):
+    with pytest.raises(ValueError, match="num_frames and edge_seconds exclude each other"):
+        load_clip(clip_path, num_frames=4, edge_seconds=2)
 
 
 @pytest.mark.parametrize(

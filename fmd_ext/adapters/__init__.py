@@ -8,6 +8,7 @@ from .base import AUDIO, JOINT, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSou
 from .qwen2_5_omni import QWEN2_5_OMNI
 from .qwen3_omni import QWEN3_OMNI
 from .text_decoder import TEXT_DECODER
+from .video_salmonn import VIDEO_SALMONN
 
 __all__ = [
     "ADAPTERS",
@@ -22,7 +23,12 @@ __all__ = [
     "find_adapter",
 ]
 
-ADAPTERS: dict[str, Adapter] = {"qwen2_5_omni": QWEN2_5_OMNI, "qwen3_omni": QWEN3_OMNI, "text": TEXT_DECODER}
+ADAPTERS: dict[str, Adapter] = {
+    "qwen2_5_omni": QWEN2_5_OMNI,
+    "qwen3_omni": QWEN3_OMNI,
+    "video_salmonn": VIDEO_SALMONN,
+    "text": TEXT_DECODER,
+}
 
 
 def find_adapter(model: nn.Module, adapter: str | Adapter | None = None) -> Adapter:

@@ -57,9 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
 def read_clip(args: argparse.Namespace, processor: Any) -> Clip:
     given = {"fps": args.fps, "max_frames": args.max_frames}
-    num_frames = getattr(processor, "clip_arguments", {}).get("num_frames")
-    if num_frames is not None and any(given.values()):
-        show.note(f"the model takes {num_frames} frames of any clip: --fps and --max-frames have no effect")
+    own = getattr(processor, "clip_arguments", {})
+    if any(given.values()) and own.get("num_frames"):
+        show.note(f"the model takes {own['num_frames']} frames of any clip: --fps and --max-frames have no effect")
+    if any(given.values()) and own.get("edge_seconds"):
+        show.note("the model takes the first and the last frame of each second: --fps and --max-frames have no effect")
     rates = {name: value or DEFAULT_RATES[name] for name, value in given.items()}
     with blaming_clip():
         return load_clip_for(processor, args.clip, **rates)

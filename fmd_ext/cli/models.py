@@ -27,6 +27,7 @@ MODEL_CLASSES = {
     "qwen2_5_omni_thinker": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
+    "video_salmonn": "fmd_ext.models.video_salmonn:VideoSalmonnForConditionalGeneration",
 }
 
 
@@ -51,10 +52,6 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto", se
     Raises UserError for a model that is not there, is not supported, or lacks weights, and for an unusable device.
     """
     target = _device(device)
-    if importlib.util.find_spec("torchvision") is None:
-        raise UserError(
-            "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
-        )
     if source is not None:
         if _is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
@@ -65,18 +62,26 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto", se
 
 
 def _load(source: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
-    importlib.import_module("fmd_ext.models")  # makes our ports known to transformers
+    ports = importlib.import_module("fmd_ext.models")  # makes our ports known to transformers
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    if ports.video_salmonn.is_official_folder(source):
+        with blaming_input(OSError, ValueError, prefix=f"model {name}: "), _no_load_report():
+            model, processor = ports.video_salmonn.load_official(source, dtype=torch_dtype)
+        return LoadedModel(model.to(device), processor, name, False)
     with blaming_input(OSError, ValueError, prefix=f"model {name}: "):
         config = transformers.AutoConfig.from_pretrained(source)
     if config.model_type not in MODEL_CLASSES:
         raise UserError(
             f"model {name} is of type {config.model_type!r}; supported types are {', '.join(sorted(MODEL_CLASSES))}"
         )
+    module, _, class_name = MODEL_CLASSES[config.model_type].partition(":")
+    if module == "transformers" and importlib.util.find_spec("torchvision") is None:
+        raise UserError(
+            "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
+        )
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
         processor = transformers.AutoProcessor.from_pretrained(source)
-    module, _, class_name = MODEL_CLASSES[config.model_type].partition(":")
     model_class = getattr(importlib.import_module(module), class_name)
-    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
         model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
     if report["missing_keys"]:

@@ -1,1 +1,8 @@
-"""Ports of models that transformers lacks, as ordinary transformers models that load the published checkpoints."""
+"""Ports of models that transformers lacks, as ordinary transformers models that load the published checkpoints.
+
+Importing this package makes them known to transformers' Auto classes.
+"""
+
+from . import video_salmonn
+
+__all__ = ["video_salmonn"]
