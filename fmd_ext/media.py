@@ -116,6 +116,15 @@ def check_clip(path: str | Path) -> None:
     _opened(path).close()
 
 
+def clip_seconds(path: str | Path | None) -> float:
+    """How long the file says it lasts, without decoding it; 0 for one that cannot be read or is not there."""
+    try:
+        with _opened(path or "") as container:
+            return _duration(container, [*container.streams.video[:1], *container.streams.audio[:1]])
+    except (MediaError, OSError):
+        return 0.0
+
+
 def _opened(path: str | Path) -> av.container.InputContainer:
     path = Path(path)
     if path.is_dir():

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fmd_ext.cli.errors import UserError, notes_from_log
 
@@ -58,14 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_method(ask)
     _add_model(ask)
     _add_generation(ask, max_new_tokens=128)
-    reading = ask.add_argument_group("reading the clip")
-    reading.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
-    reading.add_argument("--max-frames", type=_positive_int, help="at most so many frames (128, or the model's)")
-    reading.add_argument(
-        "--max-frame-pixels",
-        type=_positive_int,
-        help="scale frames to at most so many pixels; fewer pixels, fewer tokens",
-    )
+    _add_reading(ask)
     _add_debug(ask)
 
     demo = commands.add_parser(
@@ -78,10 +71,66 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation(demo, max_new_tokens=32)
     _add_debug(demo)
 
+    _add_eval(commands)
+
     doctor = commands.add_parser("doctor", help="say what is installed, which code the ops run, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     _add_debug(doctor)
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser("eval", help="evaluate decoding methods on a benchmark")
+    what = parser.add_argument_group("what to ask")
+    what.add_argument("--list", action="store_true", help="list benchmarks and methods, and stop")
+    what.add_argument("--benchmark", metavar="NAME", help="avhbench, music-avqa, avqa, video-mme or worldsense")
+    what.add_argument("--data", metavar="FOLDER", help="with the published files and the videos")
+    what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
+    what.add_argument("--check", action="store_true", help="say what is missing in the folder, and stop")
+    what.add_argument("--allow-missing", action="store_true", help="leave out questions whose video is missing")
+    what.add_argument(
+        "--prompt", default="default", metavar="NAME", help="a prompt of the benchmark, or a template with {question}"
+    )
+    what.add_argument("--limit", type=_positive_int, metavar="N", help="ask N questions, spread over all")
+    what.add_argument("--item", action="append", default=[], metavar="ID", help="ask this question; may be repeated")
+    what.add_argument(
+        "--category", action="append", default=[], type=_name_value, metavar="NAME=VALUE", help="ask only about these"
+    )
+    how = parser.add_argument_group("how to answer")
+    how.add_argument(
+        "--method",
+        default="vanilla,fmd",
+        metavar="NAMES",
+        help="by commas, with settings by colons: vanilla,fmd-zero:fork_layers=7:alpha=0.9 (%(default)s)",
+    )
+    how.add_argument("--batch-size", type=_positive_int, default=1, metavar="N", help="questions at once (%(default)s)")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="above 0 samples (0: greedy)")
+    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest tokens (%(default)s)")
+    how.add_argument("--samples", type=_positive_int, default=1, metavar="N", help="answers per question (%(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    out = parser.add_argument_group("results")
+    out.add_argument("--output", metavar="FOLDER", help="resumed if it exists (results/BENCHMARK-MODEL)")
+    out.add_argument("--score-only", action="store_true", help="score the folder again, without model and data")
+    out.add_argument("--baseline", metavar="METHOD", help="the method to compare with (vanilla)")
+    out.add_argument("--report", metavar="FILE", help="also write a self-contained HTML report")
+    out.add_argument("--speed", type=_positive_int, metavar="N", help="also measure speed and memory on N questions")
+    out.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_method(parser)
+    _add_model(parser)
+    _add_generation(parser, max_new_tokens=None)
+    _add_reading(parser)
+    _add_debug(parser)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reading the clip")
+    group.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
+    group.add_argument("--max-frames", type=_positive_int, help="at most so many frames (128, or the model's)")
+    group.add_argument(
+        "--max-frame-pixels",
+        type=_positive_int,
+        help="scale frames to at most so many pixels; fewer pixels, fewer tokens",
+    )
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
@@ -108,11 +157,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
 
 
-def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None) -> None:
+    """``max_new_tokens``: the default; None leaves it to the question."""
     group = parser.add_argument_group("answer")
-    group.add_argument(
-        "--max-new-tokens", type=_positive_int, default=max_new_tokens, metavar="N", help="(%(default)s)"
-    )
+    told = "(by the kind of question)" if max_new_tokens is None else "(%(default)s)"
+    group.add_argument("--max-new-tokens", type=_positive_int, default=max_new_tokens, metavar="N", help=told)
     layout = group.add_mutually_exclusive_group()
     layout.add_argument(
         "--separate", dest="interleaved", action="store_false", help="first the picture, then the sound (default)"
@@ -132,6 +181,13 @@ def _positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
+
+
+def _name_value(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name or not value:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
 
 
 def _positive_float(text: str) -> float:
