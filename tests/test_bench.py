@@ -39,7 +39,7 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
     attention = ["fmd_ext", "eager PyTorch", "SDPA per branch"]
     for variant in ("merged", "zero", "attention"):
         assert candidates[f"branched_prefill/{variant}"] == candidates[f"branched_decode/{variant}"] == attention
-    models = ["vanilla", "attention masking", "zero masking", "two passes"]
+    models = ["vanilla", "attention masking", "zero masking", "zero masking, alpha auto", "two passes"]
     assert candidates["model_prefill/tiny"] == candidates["model_decode/tiny"] == models
     for case in quick["cases"]:
         assert case["rounds"] == 2

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import fmd_ext
 from fmd_ext import FMDConfig
-from fmd_ext.adapters import find_adapter
-from fmd_ext.config import MASKINGS
+from fmd_ext.adapters import AUDIO, VISUAL, find_adapter
+from fmd_ext.config import AUTO, MASKINGS, MODALITIES
 from fmd_ext.reference import reference_hidden
 
 from .cases import Candidate, Case
@@ -76,6 +76,8 @@ def _runners(model: nn.Module, fork_layers: int) -> Iterator[Runner]:
     for masking in reversed(MASKINGS):
         config = settings(fork_layers=fork_layers, masking=masking)
         yield Runner(f"{masking} masking", 1, _patched(model, config), config)
+    config = settings(fork_layers=fork_layers, masking="zero", alpha=AUTO)
+    yield Runner("zero masking, alpha auto", 1, _patched(model, config), config)
     config = settings(fork_layers=fork_layers, masking="zero")
     yield Runner("two passes", 2, TwoPasses(sharing_weights(model), config), config)
 
@@ -108,8 +110,19 @@ def _references(
         for module in exact.modules():  # its own weights, so that the model keeps its
             for name, weight in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(weight.float(), requires_grad=False))
-    configs = {runner.config for runner in runners}
-    return {config: (logits(exact, config), logits(model, config) if low_precision else None) for config in configs}
+    references = {}
+    for config in {runner.config for runner in runners}:
+        fixed = config.replace(alpha=_chosen_alpha(model, config, embeds, labels)) if config.alpha == AUTO else config
+        references[config] = (logits(exact, fixed), logits(model, fixed) if low_precision else None)
+    return references
+
+
+def _chosen_alpha(model: nn.Module, config: FMDConfig, embeds: Tensor, labels: Tensor) -> dict[str, float]:
+    """What alpha="auto" chooses for the prompt. That the choice is right is the tests' to say."""
+    patched = sharing_weights(model)
+    handle = fmd_ext.patch(patched, config)
+    patched(inputs_embeds=embeds[:, :-1], modality_labels=labels[:, :-1])
+    return dict(zip(MODALITIES, handle.last_plan.home_weights[0, VISUAL : AUDIO + 1].tolist(), strict=True))
 
 
 def _reference(exact: Tensor, plain: Tensor | None) -> Reference:

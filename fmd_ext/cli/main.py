@@ -73,6 +73,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(commands)
 
+    diagnose = commands.add_parser("diagnose", help="show where a question about a clip attends, layer by layer")
+    diagnose.add_argument("clip", metavar="CLIP", help="video or audio file")
+    diagnose.add_argument("question", metavar="QUESTION", help="what to ask")
+    diagnose.add_argument("--plots", metavar="FOLDER", help="write a plot there (needs the extra 'plots')")
+    diagnose.add_argument("--json", metavar="FILE", help="write all numbers there")
+    _add_method(diagnose)
+    _add_model(diagnose)
+    _add_generation(diagnose, max_new_tokens=32)
+    _add_reading(diagnose)
+    _add_debug(diagnose)
+
     doctor = commands.add_parser("doctor", help="say what is installed, which code the ops run, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     _add_debug(doctor)
