@@ -109,7 +109,7 @@ def test_a_wrong_model_gets_no_speed_and_spoils_no_other_case(tmp_path, capsys):
     def build(*args):
         for case in build_cases(*args):
             if case.op == "model_prefill":
-                vanilla, attention, zero, _ = case.candidates
+                vanilla, attention, zero, *_ = case.candidates
                 case = replaced(case, 1, dataclasses.replace(attention, step=zero.step))
             yield case
 
