@@ -182,7 +182,7 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.
     finally:
         hook.remove()
     embeds, mask = caught["inputs_embeds"], inputs.get("attention_mask")
-    labels = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    labels = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     if inputs.get("input_ids") is not None:
         found = chosen.labels_of(model, inputs["input_ids"], inputs)
         labels = labels if found is None else found.long()

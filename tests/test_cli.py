@@ -117,7 +117,7 @@ ASK = ("ask", "clip.mp4", "What?")
         ((*ASK, "--fps", "0"), "argument --fps: must be above 0, got 0"),
         ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
         ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
-        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda and cuda:N"),
+        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N and spread"),
         ((*ASK, "--model", "./nowhere"), "model ./nowhere: there is no such folder"),
         ((*ASK, "--model", "./other"), "is of type 'llama'; supported types are qwen2_5_omni"),
         ((*ASK, "--model", "./bare"), "processor of ./bare: "),

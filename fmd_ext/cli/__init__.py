@@ -1,4 +1,4 @@
-"""The command line: ``fmd-ext ask``, ``fmd-ext demo`` and ``fmd-ext doctor``."""
+"""The command line: ``fmd-ext ask``, ``demo``, ``doctor``, ``verify`` and the rest of its help."""
 
 from __future__ import annotations
 

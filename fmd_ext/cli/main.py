@@ -87,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what is installed, which code the ops run, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     _add_debug(doctor)
+
+    verify = commands.add_parser("verify", help="hold a model, with its own weights, to two plain passes of itself")
+    verify.add_argument("clip", metavar="CLIP", nargs="?", help="video with sound (default: one made on the spot)")
+    verify.add_argument("--question", default="What can be seen and heard?", help="what to ask (%(default)r)")
+    verify.add_argument("--fork-layers", type=int, metavar="N", help="decoder layers that run once per branch")
+    _add_model(verify)
+    _add_generation(verify, max_new_tokens=8)
+    _add_reading(verify)
+    _add_debug(verify)
     return parser
 
 
@@ -165,7 +174,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(%(default)s)"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s)")
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1, ..., or spread: over all GPUs (%(default)s)"
+    )
 
 
 def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None) -> None:
@@ -181,6 +192,17 @@ def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None)
         "--interleaved", dest="interleaved", action="store_true", help="picture and sound in turn, as time goes by"
     )
     parser.set_defaults(interleaved=False)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reading the clip")
+    group.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
+    group.add_argument("--max-frames", type=_positive_int, help="at most so many frames (128, or the model's)")
+    group.add_argument(
+        "--max-frame-pixels",
+        type=_positive_int,
+        help="scale frames to at most so many pixels; fewer pixels, fewer tokens",
+    )
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

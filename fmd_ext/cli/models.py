@@ -61,10 +61,14 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto", se
         return _load(folder, f"built-in model, random weights (seed {seed})", dtype, target)
 
 
-def _load(source: str, name: str, dtype: str, device: torch.device) -> LoadedModel:
+def _load(source: str, name: str, dtype: str, device: torch.device | None) -> LoadedModel:
     ports = importlib.import_module("fmd_ext.models")  # makes our ports known to transformers
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if ports.video_salmonn.is_official_folder(source):
+        if device is None:
+            raise UserError(
+                f"model {name}: the authors' files are loaded onto one device; --device spread is not for them"
+            )
         with blaming_input(OSError, ValueError, prefix=f"model {name}: "), _no_load_report():
             model, processor = ports.video_salmonn.load_official(source, dtype=torch_dtype)
         return LoadedModel(model.to(device), processor, name, False)
@@ -82,13 +86,16 @@ def _load(source: str, name: str, dtype: str, device: torch.device) -> LoadedMod
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
         processor = transformers.AutoProcessor.from_pretrained(source)
     model_class = getattr(importlib.import_module(module), class_name)
+    placement = {"device_map": "auto"} if device is None else {}
     with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
-        model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
+        model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **placement)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"the weights of {name} lack {len(missing)} tensors, among them {missing[0]}")
     find_adapter(model)  # a class that we load is one that we can patch
-    return LoadedModel(model.eval().to(device), processor, name, bool(getattr(config, RANDOM_MARK, False)))
+    if device is not None:
+        model.to(device)
+    return LoadedModel(model.eval(), processor, name, bool(getattr(config, RANDOM_MARK, False)))
 
 
 def _is_path(source: str) -> bool:
@@ -96,13 +103,18 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> torch.device | None:
+    """The one device for the whole model; None: accelerate spreads its layers."""
+    if name == "spread":
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError("device 'spread' is the work of accelerate, which is not installed: pip install accelerate")
+        return None
     if name == "auto":
         from fmd_ext import _library
 
         return torch.device("cuda" if torch.cuda.is_available() and _library.load()["cuda"].loaded else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"device {name!r}: accepted are auto, cpu, cuda and cuda:N")
+        raise UserError(f"device {name!r}: accepted are auto, cpu, cuda, cuda:N and spread")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: torch {torch.__version__} sees no CUDA device here")
