@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fmd_ext.eval import scores
-from fmd_ext.eval.scores import ALL, Cell, Evaluation
-from fmd_ext.eval.statistics import Estimate
+from fmd_ext.eval.scores import ALL, Evaluation
+from fmd_ext.eval.wording import against, percent, ratio
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
@@ -39,21 +39,6 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
                 highlight=False,
             )
     _show_speed(console, evaluation)
-
-
-def percent(estimate: Estimate) -> str:
-    """62.5 (58.1 to 66.7)"""
-    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
-
-
-def against(cell: Cell) -> str:
-    """The difference with its interval and the p-value; a star where it stays below 5 % after Holm."""
-    if cell.comparison is None:
-        return ""
-    estimate = cell.comparison.difference
-    star = " *" if cell.adjusted_p < 0.05 else ""
-    interval = f"({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-    return f"{100 * estimate.value:+.1f} {interval}, p {cell.comparison.p_value:.2g}{star}"
 
 
 def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table) -> None:
@@ -96,10 +81,7 @@ def show_speed(console: Console, speed: dict[str, Any]) -> None:
     for name in ("", "first token", "ratio (quartiles)", "tokens/s after it", "ratio (quartiles)", "peak memory"):
         shown.add_column(name, justify="right" if name else "left")
     for method, row in speed["methods"].items():
-        ratios = [
-            f"{median:.2f} ({low:.2f} to {high:.2f})"
-            for low, median, high in (row["first_token_ratio"], row["tokens_per_s_ratio"])
-        ]
+        ratios = [ratio(row[name]) for name in ("first_token_ratio", "tokens_per_s_ratio")]
         memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB"
         first, rate = f"{1000 * row['first_token_s']:.0f} ms", f"{row['tokens_per_s']:.1f}"
         shown.add_row(escape(method), first, ratios[0], rate, ratios[1], memory)
