@@ -15,11 +15,14 @@ from . import _core, ops
 from .adapters import AUDIO, JOINT, VISUAL
 from .auto import Reading, default_depth, largest_depth
 from .config import AUTO, FMDConfig
-from .plan import AttentionStep, StepPlan
+from .plan import AttentionStep, PackedArrays, StepPlan
+from .segments import SegmentTable
 
 NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
 UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
 BOTH_MODALITIES = 0b11
+
+Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each [num_kv_heads, num_slots, head_dim]
 
 
 def modality_bits(labels: np.ndarray) -> np.ndarray:
@@ -27,43 +30,6 @@ def modality_bits(labels: np.ndarray) -> np.ndarray:
     joint = (labels == JOINT).any(1)
     visual, audio = (labels == VISUAL).any(1) | joint, (labels == AUDIO).any(1) | joint
     return visual.astype(np.int8) | audio.astype(np.int8) << 1
-
-
-class SegmentTable:
-    """Slot ranges: start, length and capacity [batch, segments] of every segment, int64."""
-
-    def __init__(self, batch: int, segments: int) -> None:
-        self.start = np.zeros((batch, segments), np.int64)
-        self.length = np.zeros((batch, segments), np.int64)
-        self.capacity = np.zeros((batch, segments), np.int64)
-
-    @property
-    def num_slots(self) -> int:
-        return int(self.capacity.sum())
-
-    def slots_in_use(self) -> np.ndarray:
-        """Slots that hold keys, segment by segment."""
-        return _slots(self.start, self.length)
-
-    def resized(self, needed: np.ndarray, growing: np.ndarray) -> SegmentTable:
-        """The same lengths with room for ``needed`` keys; segments that are ``growing`` get a quarter more."""
-        table = SegmentTable(*self.length.shape)
-        table.length = self.length.copy()
-        headroom = np.where(growing & (needed > 0), np.maximum(needed // 4, 64), 0)
-        table.capacity = np.where(needed > self.capacity, needed + headroom, self.capacity)
-        table._place()
-        return table
-
-    def select(self, samples: np.ndarray) -> tuple[SegmentTable, np.ndarray]:
-        """The table of ``samples`` (repeats allowed), and for each used slot of it the old slot it comes from."""
-        table = SegmentTable(len(samples), self.length.shape[1])
-        table.length, table.capacity = self.length[samples], self.capacity[samples]
-        table._place()
-        return table, _slots(self.start[samples], table.length)
-
-    def _place(self) -> None:
-        flat = self.capacity.ravel()
-        self.start = (np.cumsum(flat) - flat).reshape(self.capacity.shape)
 
 
 class BranchedLayer(CacheLayerMixin):
@@ -105,17 +71,17 @@ class BranchedLayer(CacheLayerMixin):
         ops.append_(self.keys, self.values, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), slots)
         return self.keys, self.values
 
-    def move(self, source: np.ndarray, destination: np.ndarray, num_slots: int) -> None:
-        """Replaces the pools by ones of ``num_slots`` slots with ``source`` slots copied to ``destination``."""
-        if not self.is_initialized:
-            return
-        for name in ("keys", "values"):
-            pool = getattr(self, name)
-            moved = pool.new_empty((pool.shape[0], num_slots, pool.shape[2]))
-            indices = (torch.from_numpy(index).to(pool.device) for index in (destination, source))
-            destination_slots, source_slots = indices
-            moved[:, destination_slots] = pool[:, source_slots]
-            setattr(self, name, moved)
+    def move(self, source: torch.Tensor, destination: torch.Tensor, num_slots: int, into: Pools | None = None) -> None:
+        """Copies ``source`` slots to ``destination`` slots of other pools, which become the layer's.
+
+        Slots are int64 on the device of the pools. The other pools are ``into``, or new ones of ``num_slots`` slots.
+        """
+        pools = []
+        for index, pool in enumerate((self.keys, self.values)):
+            moved = pool.new_empty((pool.shape[0], num_slots, pool.shape[2])) if into is None else into[index]
+            moved[:, destination] = pool[:, source]
+            pools.append(moved)
+        self.keys, self.values = pools
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.state.logical_length + query_length, 0
@@ -220,7 +186,15 @@ class BranchedState:
         prefix_grows = (raw.phase != FORKED)[:, None]
         growing = np.concatenate([prefix_grows, ~prefix_grows, ~prefix_grows], axis=1)
         self._reserve(fork_length, growing, trunk_length)
-        fork = _attention_step(raw.fork, self.fork_table.start, fork_length)
+        tensors = PackedArrays(
+            positions=raw.positions,
+            home_rows=raw.home_rows,
+            away_rows=np.arange(raw.num_home, len(raw.positions)),
+            away_modality=raw.away_modality,
+            **_attention_arrays("fork", raw.fork, self.fork_table.start, fork_length),
+            **_attention_arrays("trunk", raw.trunk, self.trunk_table.start, trunk_length),
+        )
+        fork = AttentionStep("fork", raw.fork.max_qo_len, tensors)
         begins = (raw.phase == FORKED) & (self.phase != FORKED)
         fork_layers, chooses_depth = self._depth(bool(begins.any()))
         reading = None
@@ -234,8 +208,9 @@ class BranchedState:
             positions=raw.positions,
             home_rows=raw.home_rows,
             away_modality=raw.away_modality,
+            tensors=tensors,
             fork=fork,
-            trunk=_attention_step(raw.trunk, self.trunk_table.start, trunk_length),
+            trunk=AttentionStep("trunk", raw.trunk.max_qo_len, tensors),
             fork_layers=fork_layers,
             forked=raw.phase == FORKED,
             chooses_depth=chooses_depth,
@@ -270,12 +245,15 @@ class BranchedState:
                 new = old.resized(needed, grows)
                 self._move(name, new, old.slots_in_use())
 
-    def _move(self, name: str, new: SegmentTable, source: np.ndarray) -> None:
-        old = getattr(self, name)
-        destination = new.slots_in_use()
-        for layer in self.layers:
-            if self.table_of(layer.layer_idx) is old:
-                layer.move(source, destination, new.num_slots)
+    def _move(self, name: str, new: SegmentTable, source: np.ndarray, into: list[Pools] | None = None) -> None:
+        """Takes the table ``new``; its used slots get what the old slots ``source`` hold. ``into``: pools by layer."""
+        layers = [layer for layer in self.layers if self.table_of(layer.layer_idx) is getattr(self, name)]
+        indices = PackedArrays(source=source, destination=new.slots_in_use())
+        for layer in layers:
+            if layer.is_initialized:
+                device = layer.keys.device
+                pools = None if into is None else into[layer.layer_idx]
+                layer.move(indices.get("source", device), indices.get("destination", device), new.num_slots, pools)
         setattr(self, name, new)
 
     def select(self, samples: torch.Tensor | np.ndarray) -> None:
@@ -303,35 +281,58 @@ class BranchedState:
                 f"cannot crop {count} positions: only the last {self.text_tail.min()} are text in every sample, and a "
                 "forked cache cannot give back positions of a branch modality or padding"
             )
+        self.extend(-count)
+
+    def extend(self, count: int) -> None:
+        """Takes over ``count`` text positions per sample whose keys are in their slots; negative: gives them back."""
+        self.fork_table.length = self.fork_table.length + count * self._text_segments
+        self.trunk_table.length = self.trunk_table.length + count
+        self.text_tail = self.text_tail + count
+        self.valid = self.valid + count
+        self.logical_length += count
+
+    @property
+    def _text_segments(self) -> np.ndarray:
+        """[batch, segments] bool: those that a text position has a key in."""
         forked = self.phase == FORKED
-        self.fork_table.length = self.fork_table.length - count * np.stack([~forked, forked, forked], axis=1)
-        self.trunk_table.length = self.trunk_table.length - count
-        self.text_tail = self.text_tail - count
-        self.valid = self.valid - count
-        self.logical_length -= count
+        return np.stack([~forked, forked, forked], axis=1)
+
+    def tables_with_room(self, count: int) -> tuple[SegmentTable, SegmentTable]:
+        """Tables of the layers before and after the merge with room for at least ``count`` more text positions."""
+        trunk = self.trunk_table
+        return self.fork_table.with_room(self._text_segments, count), trunk.with_room(trunk.length >= 0, count)
+
+    @property
+    def text_room(self) -> int:
+        """Text positions that every segment which takes them still has room for."""
+        fork, trunk = self.fork_table, self.trunk_table
+        return int(min((fork.capacity - fork.length)[self._text_segments].min(), (trunk.capacity - trunk.length).min()))
+
+    def move(self, fork_table: SegmentTable, trunk_table: SegmentTable, pools: list[Pools]) -> None:
+        """Moves all keys to ``pools`` (by layer), laid out as the tables say, which hold the same lengths."""
+        for name, table in (("fork_table", fork_table), ("trunk_table", trunk_table)):
+            self._move(name, table, getattr(self, name).slots_in_use(), pools)
+
+    def leave_pools(self) -> None:
+        """Copies the keys out of pools that others will use again."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
-def _slots(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The slots start .. start + length - 1 of every segment, one after the other."""
-    length = length.ravel()
-    first = np.repeat(start.ravel() - (np.cumsum(length) - length), length)
-    return first + np.arange(len(first))
-
-
-def _attention_step(groups, start: np.ndarray, length: np.ndarray) -> AttentionStep:
+def _attention_arrays(kind: str, groups, start: np.ndarray, length: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of an `AttentionStep`, their names behind ``kind``."""
     segment = groups.group_segment
     segments_per_sample = start.shape[1]
     first = segment - segment % segments_per_sample  # the prefix segment of the same sample
     start, length = start.ravel(), length.ravel()
     has_prefix = segment != first
     columns = (start[segment], length[segment], start[first] * has_prefix, length[first] * has_prefix)
-    return AttentionStep(
-        groups.max_qo_len,
-        qo_rows=groups.qo_rows,
-        cu_seqlens_q=groups.cu_seqlens_q,
-        segments=np.stack(columns, axis=1),
-        slots=start[groups.row_segment] + groups.row_offset,
-    )
+    return {
+        f"{kind}.qo_rows": groups.qo_rows,
+        f"{kind}.cu_seqlens_q": groups.cu_seqlens_q,
+        f"{kind}.segments": np.stack(columns, axis=1),
+        f"{kind}.slots": start[groups.row_segment] + groups.row_offset,
+    }
 
 
 def adopt(cache: Cache | None, owner: str, config: FMDConfig, num_layers: int) -> tuple[Cache, BranchedState]:

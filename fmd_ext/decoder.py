@@ -115,16 +115,16 @@ class MergeHook:
 
     def _merge(self, hidden: torch.Tensor, plan: StepPlan) -> None:
         tensors, device = plan.tensors, hidden.device
-        weights = torch.tensor(self.session.config.merge_weights, dtype=torch.float32, device=device)
+        weights = self.session.merge_weights(device)
         if plan.reading is not None and self.session.config.alpha == AUTO:
             plan.home_weights = self._chosen_weights(weights, plan)
-        away_modality = tensors.get("away_modality", device)
-        if plan.home_weights is None:
+        home_rows, away_modality = tensors.get("home_rows", device), tensors.get("away_modality", device)
+        if plan.home_weights is None or not plan.has_masked_rows:  # text weighs the same in every sample
             away_weights = weights[away_modality]
         else:
-            samples = torch.from_numpy(plan.positions[plan.home_rows] // plan.length).to(device)
+            samples = tensors.get("positions", device)[home_rows] // plan.length
             away_weights = plan.home_weights[samples, away_modality]
-        ops.merge_(hidden[0], tensors.get("home_rows", device), tensors.get("away_rows", device), away_weights)
+        ops.merge_(hidden[0], home_rows, tensors.get("away_rows", device), away_weights)
 
     def _chosen_weights(self, weights: torch.Tensor, plan: StepPlan) -> torch.Tensor:
         """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
@@ -154,12 +154,17 @@ class ForkedDecoder:
         embeds, mask = call["inputs_embeds"], call.pop("attention_mask", None)
         given = call.pop("past_key_values", None)
         past = 0 if given is None else given.get_seq_length()
-        self._check_length(decoder, past + embeds.shape[1])
-        labels, announced = self._labels(embeds, past, call.pop("modality_labels", None))
+        labels, branches = call.pop("modality_labels", None), call.pop("branch_embeds", None)
+        plan = self.session.fixed_plan
+        if plan is None:
+            check_length(decoder, past + embeds.shape[1])
+            labels, announced = self._labels(embeds, past, labels)
         cache, state = adopt(given, self.session.token, self.session.config, len(decoder.layers))
-        _apply_padding(labels, mask, past, state)
-        branches = self._branches(embeds, labels, past, call.pop("branch_embeds", None))
-        plan = state.make_plan(labels, announced)
+        if plan is None:
+            if not (past and self.session.is_generated(mask, embeds.shape[1])):
+                _apply_padding(labels, mask, past, state)
+            branches = self._branches(embeds, labels, past, branches)
+            plan = state.make_plan(labels, announced)
         call["inputs_embeds"] = self._pack_embeds(embeds, branches, plan)
         call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
         call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
@@ -169,7 +174,8 @@ class ForkedDecoder:
             out = self.original(**call)
         finally:
             state.plan = self.session.plan = None
-        state.commit()
+        if plan is not self.session.fixed_plan:
+            state.commit()
         self.session.last_plan = plan
         out = self._unpack(out, plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
@@ -190,17 +196,12 @@ class ForkedDecoder:
                 "output_attentions unset, or use fmd_ext.diagnose.attention_share"
             )
 
-    def _check_length(self, decoder: nn.Module, length: int) -> None:
-        limit = getattr(decoder.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise ValueError(f"the context would be {length} positions long; the model's limit is {limit}")
-
     def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
         batch, length = embeds.shape[:2]
         whole = self.session.labels_for(batch) if given is None else check_labels(given, batch)
         labels = np.full((batch, length), TEXT, np.int8)
-        if whole is None or whole.shape[1] <= past:
+        if whole is None or whole.shape[1] <= past or not self.session.config.fork_layers:
             return labels, None
         here = whole[:, past : past + length]
         labels[:, : here.shape[1]] = here
@@ -232,7 +233,7 @@ class ForkedDecoder:
         if plan.num_away == 0 and plan.is_dense:
             return flat[None]
         packed = flat.index_select(0, plan.tensors.get("positions", flat.device))
-        if plan.num_away and self.session.config.masking == "zero":
+        if plan.has_masked_rows and self.session.config.masking == "zero":
             masked = plan.tensors.get("away_modality", flat.device) != TEXT
             packed[plan.num_home :].mul_(torch.where(masked, self.session.config.mask_scale, 1.0)[:, None].to(packed))
         if branches is not None:
@@ -267,6 +268,13 @@ def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[st
     call = dict(kwargs)
     call.update(zip(signature.parameters, args, strict=False))
     return call
+
+
+def check_length(decoder: nn.Module, length: int) -> None:
+    """Raises ValueError where ``length`` positions are more than the decoder was made for."""
+    limit = getattr(decoder.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"the context would be {length} positions long; the model's limit is {limit}")
 
 
 def refuse_gradients(module: nn.Module, embeds: torch.Tensor | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .decoder import arguments_by_name, refuse_gradients
+from .runner import DecodeRunner
 from .session import Session
 
 # (token ids [batch, length], arguments of the call or None) -> labels [batch, length], None where there are none
@@ -43,7 +44,7 @@ class EntryForward(_Entry):
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
-        if not self.session.config.fork_layers:
+        if not self.session.config.fork_layers or self.session.fixed_plan is not None:
             return self.original(*args, **kwargs)
         refuse_gradients(module)
         call = self.arguments(args, kwargs)
@@ -66,6 +67,10 @@ class EntryForward(_Entry):
 class EntryGenerate(_Entry):
     """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
 
+    def __init__(self, session: Session, original: Any, read_labels: ReadLabels | None, runner: DecodeRunner) -> None:
+        super().__init__(session, original, read_labels)
+        self.runner = runner
+
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
@@ -82,8 +87,12 @@ class EntryGenerate(_Entry):
             only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
             return _shifted(labels, cache.get_seq_length()) if only_new else labels
 
-        with self.labels(modality_labels, from_ids), self.session.branches(branch_embeds, _cached(call)):
-            return self.original(*args, **kwargs)
+        with (
+            self.labels(modality_labels, from_ids),
+            self.session.branches(branch_embeds, _cached(call)),
+            self.session.generating(call.get("attention_mask")),
+        ):
+            return self.runner.generate(module, self.original, call)
 
 
 def _cached(call: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from .decoder import ForkedDecoder, MergeHook, branched_config, refuse_unsupport
 from .deepstack import PackedDeepstack
 from .entry import EntryForward, EntryGenerate, ReadLabels
 from .plan import StepPlan
+from .runner import DecodeRunner
 from .session import Session
 
 _ATTRIBUTE = "_fmd_handle"
@@ -28,15 +29,17 @@ class Handle:
     Attributes:
         config: the resolved `FMDConfig` in force.
         adapter: the `Adapter` that serves the model.
+        runner: the `DecodeRunner`; its ``last`` tells what the last ``generate`` call's decode steps ran on, and why.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, config: FMDConfig) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, config: FMDConfig, runner: bool | None) -> None:
         self.model = model
         self.adapter = adapter
         self.config = config
         self.entry = adapter.find_entry(model)
         self.decoder = adapter.find_decoder(model)
         self.session = Session(config)
+        self.runner = DecodeRunner(self.session, self.decoder, runner)
         self._restore: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
 
@@ -71,12 +74,12 @@ class Handle:
 
     def install(self) -> None:
         try:
-            if self.config.fork_layers:
+            if self.config.fork_layers or self.runner.wanted:
                 self._install_decoder()
             if self.entry is not self.decoder:
                 self._override(self.entry, "forward", EntryForward, self._read_labels(), self.adapter.branch_inputs)
             if hasattr(self.entry, "generate"):
-                self._override(self.entry, "generate", EntryGenerate, self._read_labels())
+                self._override(self.entry, "generate", EntryGenerate, self._read_labels(), self.runner)
             for module in {id(m): m for m in (self.model, self.entry)}.values():
                 self._set(module, _ATTRIBUTE, self)
         except BaseException:
@@ -139,7 +142,14 @@ class _Absent:
     """Stands for an attribute that the instance did not have."""
 
 
-def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | Adapter | None = None, **overrides: Any):
+def patch(
+    model: nn.Module,
+    config: FMDConfig | None = None,
+    *,
+    adapter: str | Adapter | None = None,
+    runner: bool | None = None,
+    **overrides: Any,
+) -> Handle:
     """Switches fork-merge decoding on for ``model`` (this instance only).
 
     Args:
@@ -149,6 +159,9 @@ def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | A
         adapter: an adapter or its name, where the model's own type does not say. ``"text"`` serves any Llama- or
             Qwen-like decoder; labels are then passed as ``modality_labels`` to ``forward`` or ``generate``, and
             ``branch_embeds`` beside ``inputs_embeds`` where labels say that positions are joint.
+        runner: whether ``generate`` decodes over static buffers, on CUDA by replaying a captured graph. Default: on
+            CUDA, with ``fork_layers`` above 0. True: on any device, and with 0 fork layers too, which then run on
+            fmd_ext's attention. A call that cannot be run so takes the usual path, with one warning that says why.
         **overrides: fields of `FMDConfig` that replace those of ``config``.
 
     Returns:
@@ -169,10 +182,11 @@ def patch(model: nn.Module, config: FMDConfig | None = None, *, adapter: str | A
         )
     current = handle_of(model)
     if current is not None:
-        if current.config == resolved and current.adapter == chosen:
+        if (current.config, current.adapter, current.runner.wanted) == (resolved, chosen, runner):
             return current
-        raise ValueError(f"the model is patched already, with {current.config}; unpatch it first")
-    handle = Handle(model, chosen, resolved)
+        also = "" if current.config != resolved else f", {current.adapter.name} and runner={current.runner.wanted}"
+        raise ValueError(f"the model is patched already, with {current.config}{also}; unpatch it first")
+    handle = Handle(model, chosen, resolved, runner)
     handle.install()
     return handle
 

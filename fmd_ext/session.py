@@ -28,6 +28,7 @@ class Session:
         token: identifies the patch to its caches; a copy of a cache keeps it.
         plan: the plan of the forward call that is running, else None.
         last_plan: the plan of the last forward call that succeeded.
+        fixed_plan: while set, the plan of every forward call: the decode runner's, which advances it itself.
     """
 
     def __init__(self, config: FMDConfig) -> None:
@@ -35,6 +36,9 @@ class Session:
         self.token = uuid.uuid4().hex
         self.plan: StepPlan | None = None
         self.last_plan: StepPlan | None = None
+        self.fixed_plan: StepPlan | None = None
+        self._prompt_width: int | None = None
+        self._merge_weights: dict[tuple, torch.Tensor] = {}
         self._labels: np.ndarray | None = None
         self._branches: tuple[torch.Tensor, int] | None = None
 
@@ -82,6 +86,30 @@ class Session:
         embeds, first = self._branches
         here = embeds[:, :, past - first : past - first + length]
         return here if here.shape[1] == batch else here.repeat_interleave(batch // here.shape[1], dim=1)
+
+    def merge_weights(self, device: torch.device) -> torch.Tensor:
+        """The config's `merge_weights`, float32 [4]. Kept: copying them in every call would wait for the device."""
+        key = (self.config.merge_weights, device)
+        if key not in self._merge_weights:
+            self._merge_weights[key] = torch.tensor(key[0], dtype=torch.float32, device=device)
+        return self._merge_weights[key]
+
+    @contextlib.contextmanager
+    def generating(self, attention_mask: Any) -> Iterator[None]:
+        """The context of a ``generate`` call. Read back here once, the prompt's mask need not be for every token."""
+        before = self._prompt_width
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and bool(attention_mask[:, -1].all()):
+            self._prompt_width = attention_mask.shape[1]
+        try:
+            yield
+        finally:
+            self._prompt_width = before
+
+    def is_generated(self, attention_mask: torch.Tensor | None, length: int) -> bool:
+        """Whether it is known without a look at ``attention_mask`` that a cached call's new position is no padding."""
+        if attention_mask is None or self._prompt_width is None or length != 1 or attention_mask.dim() != 2:
+            return False
+        return attention_mask.shape[1] >= self._prompt_width
 
 
 def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:

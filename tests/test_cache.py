@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fmd_ext
-from fmd_ext.cache import SegmentTable
+from fmd_ext.segments import SegmentTable
 from omni_inputs import AUDIO_VIDEO, TEXT_ONLY, VIDEO_AUDIO, build_inputs
 
 

@@ -1,0 +1,50 @@
+"""What a captured graph took from a model: where its weights lie and how its modules are switched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Changes when weights move or are replaced, modules come or go, or a plain setting of a module changes.
+
+    A graph replays what it was captured from, whatever becomes of the model. Adapters (LoRA) switched on, merged or
+    scaled, a model moved, a layer replaced: all show here. Weights changed in place do not, and need not.
+    """
+    seen = []
+    for module in model.modules():
+        seen.append((id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)))
+        seen.extend((name, id(tensor), _address(tensor), tensor.dtype) for name, tensor in _tensors(module))
+        seen.extend((name, _plain(value)) for name, value in module.__dict__.items() if not name.startswith("_fmd"))
+    return hash(tuple(seen))
+
+
+def _tensors(module: nn.Module) -> Any:
+    for group in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in group.items() if tensor is not None)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a wrapper around other tensors, such as a quantised weight
+        return 0
+
+
+def _plain(value: Any) -> Any:
+    """``value`` where it is plain or made of plain ones; which one it is for functions and configs; else None."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, PreTrainedConfig) or (callable(value) and not isinstance(value, nn.Module)):
+        return id(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict):
+        return tuple((str(key), _plain(item)) for key, item in value.items())
+    return None

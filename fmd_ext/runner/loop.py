@@ -1,0 +1,127 @@
+"""The token loop over static steps: what transformers' loop for greedy search and sampling does, without its stalls.
+
+transformers' logits processors, warpers and stopping criteria run as they are, in their order. What differs: on CUDA
+the forward of the next token starts before the host looks at whether there is one, so the device computes while the
+host reads the flag, feeds a streamer and launches what comes next. Where there was none, that forward is taken back.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.generation import GenerateDecoderOnlyOutput
+
+if TYPE_CHECKING:
+    from .runner import DecodeRunner
+
+
+class StaticLoop:
+    """A ``custom_generate`` callable: transformers prepares a call as ever and hands its token loop over.
+
+    Args:
+        runner: gives the steps.
+        call: the arguments of ``generate``, for those that transformers does not hand on.
+    """
+
+    def __init__(self, runner: DecodeRunner, call: dict[str, Any]) -> None:
+        self.runner = runner
+        self.streamer = call.get("streamer")
+        self.cache_is_given = call.get("past_key_values") is not None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        wants_dict = generation_config.return_dict_in_generate
+        records = {
+            name: () for name in ("scores", "logits") if wants_dict and getattr(generation_config, f"output_{name}")
+        }
+        out = model._prefill(input_ids, generation_config, model_kwargs)
+        logits = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
+        cache = model_kwargs["past_key_values"]
+        del out  # the prompt's logits may be many
+
+        select = Selection(generation_config, stopping_criteria, input_ids)
+        max_length = stopping_criteria.max_length
+        run_ahead = self.runner.run_ahead if self.runner.run_ahead is not None else input_ids.device.type == "cuda"
+        decoding, undo = None, 0
+        try:
+            while True:
+                scores = logits_processor(input_ids, logits)
+                for name, value in (("scores", scores), ("logits", logits)):
+                    if name in records:
+                        records[name] += (value,)
+                tokens = select(scores)
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+                select.send(stopping_criteria(input_ids, records.get("scores")))
+                at_limit = max_length is not None and input_ids.shape[1] >= max_length
+                if decoding is None and not at_limit:
+                    call = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+                    remaining = sys.maxsize if max_length is None else max_length - input_ids.shape[1]
+                    decoding = self.runner.begin(model, cache, call, remaining)
+                if run_ahead and not at_limit:
+                    raw = decoding.feed(tokens)
+                    undo = 1
+                tokens_on_host, stops = select.receive()
+                if self.streamer is not None:
+                    self.streamer.put(tokens_on_host)
+                if stops or at_limit:
+                    break
+                if not run_ahead:
+                    raw = decoding.feed(tokens)
+                undo = 0
+                logits = raw.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        finally:
+            if decoding is not None:
+                decoding.close(undo, keep_cache=wants_dict or self.cache_is_given)
+        self.runner.last = "decode runner: no step was needed" if decoding is None else decoding.describe()
+        if self.streamer is not None:
+            self.streamer.end()
+        if not wants_dict:
+            return input_ids
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **records)
+
+
+class Selection:
+    """Chooses tokens, remembers which samples are done, and tells the host without making the device wait."""
+
+    def __init__(self, config: Any, stopping_criteria: Any, input_ids: torch.Tensor) -> None:
+        batch, device = input_ids.shape[0], input_ids.device
+        self.do_sample = config.do_sample
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.pad = config._pad_token_tensor.to(device) if pads else None
+        self.unfinished = torch.ones(batch, dtype=torch.long, device=device)
+        on_cuda = device.type == "cuda"
+        self._host = torch.empty(batch + 1, dtype=torch.long, pin_memory=on_cuda)
+        self._arrived = torch.cuda.Event() if on_cuda else None
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Tokens [batch] from processed ``scores`` [batch, vocabulary]; padding where a sample is done."""
+        if self.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(-1)
+        self._tokens = tokens if self.pad is None else tokens * self.unfinished + self.pad * (1 - self.unfinished)
+        return self._tokens
+
+    def send(self, done: torch.Tensor) -> None:
+        """Takes in which samples are done [batch] bool, and starts to copy that and the last tokens to the host."""
+        self.unfinished = self.unfinished & ~done
+        self._host.copy_(torch.cat([self._tokens, self.unfinished.max()[None]]), non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def receive(self) -> tuple[torch.Tensor, bool]:
+        """The tokens last sent, on the host, and whether all samples are done."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host[:-1].clone(), not self._host[-1]
