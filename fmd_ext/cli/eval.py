@@ -76,13 +76,7 @@ def _answer(
     model = load_model(args.model, args.dtype, _device(args.device, size))
     if model.is_random and rank == 0:
         show.note("this model's weights are random: its answers mean nothing")
-    pixels = args.max_frame_pixels
-    reading = Reading(
-        fps=args.fps or DEFAULT_RATES["fps"],
-        max_frames=args.max_frames or DEFAULT_RATES["max_frames"],
-        frame_pixels=None if pixels is None else (min(pixels, SMALLEST_FRAME), pixels),
-        interleaved=args.interleaved,
-    )
+    reading = reading_from(args)
     name = re.sub(r"[^\w.-]+", "-", Path(args.model).name if args.model else "random")
     results = Results(args.output or Path("results") / f"{loaded.benchmark.name}-{name}")
     runner = Runner(
@@ -99,7 +93,7 @@ def _answer(
         for choice in choices:  # a setting out of range is found before the first question
             with choice.applied(model.model):
                 pass
-        results.begin(_settings(args, loaded, model, decoding, reading), loaded.items)
+        results.begin(run_settings(args, loaded, model, decoding, reading), loaded.items)
         runner.run(items, batch_size=args.batch_size, rank=rank, size=size, progress=not args.quiet)
     if rank != 0:
         return 0
@@ -131,7 +125,18 @@ def _score(args: argparse.Namespace, results: Results) -> int:
     return 0
 
 
-def _settings(
+def reading_from(args: argparse.Namespace) -> Reading:
+    """How clips are read, as the command line says."""
+    pixels = args.max_frame_pixels
+    return Reading(
+        fps=args.fps or DEFAULT_RATES["fps"],
+        max_frames=args.max_frames or DEFAULT_RATES["max_frames"],
+        frame_pixels=None if pixels is None else (min(pixels, SMALLEST_FRAME), pixels),
+        interleaved=args.interleaved,
+    )
+
+
+def run_settings(
     args: argparse.Namespace, loaded: Loaded, model: LoadedModel, decoding: Decoding, reading: Reading
 ) -> dict[str, Any]:
     """All that decides the predictions; what only helps to understand them is under ``about``."""

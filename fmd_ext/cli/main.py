@@ -72,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_debug(demo)
 
     _add_eval(commands)
+    _add_calibrate(commands)
+
+    curves = commands.add_parser("curves", help="plot accuracy against alpha, fork depth and mask scale")
+    curves.add_argument("results", metavar="FOLDER", help="results of fmd-ext eval with methods that differ in these")
+    curves.add_argument("--category", metavar="NAME", help="a line for each of its values, such as task")
+    curves.add_argument("--out", default="curves.png", metavar="FILE", help="png, svg or pdf (%(default)s)")
+    curves.add_argument("--json", metavar="FILE", help="write the numbers there")
+    _add_debug(curves)
 
     diagnose = commands.add_parser("diagnose", help="show where a question about a clip attends, layer by layer")
     diagnose.add_argument("clip", metavar="CLIP", help="video or audio file")
@@ -142,6 +150,38 @@ def _add_eval(commands: Any) -> None:
     _add_debug(parser)
 
 
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser("calibrate", help="measure alpha, choose the fork depth, write both to a file")
+    what = parser.add_argument_group("questions to calibrate on; do not evaluate on the same ones")
+    what.add_argument("--benchmark", required=True, metavar="NAME", help="as for fmd-ext eval")
+    what.add_argument("--data", required=True, metavar="FOLDER", help="with the published files and the videos")
+    what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
+    what.add_argument("--prompt", default="default", metavar="NAME", help="a prompt of the benchmark, or a template")
+    what.add_argument(
+        "--samples", type=_positive_int, default=100, metavar="N", help="prompts to measure alpha on (%(default)s)"
+    )
+    what.add_argument(
+        "--validation",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="others to choose the depth on (%(default)s)",
+    )
+    what.add_argument("--depths", type=_depths, metavar="N,N", help="fork depths to try (up to half of the layers)")
+    what.add_argument(
+        "--batch-size", type=_positive_int, default=1, metavar="N", help="questions at once (%(default)s)"
+    )
+    out = parser.add_argument_group("results")
+    out.add_argument("--out", default="fmd.json", metavar="FILE", help="the settings, for --config (%(default)s)")
+    out.add_argument("--work", metavar="FOLDER", help="answers to the validation questions, resumed (OUT.runs)")
+    out.add_argument("--plots", metavar="FOLDER", help="write plots there (needs the extra 'plots')")
+    _add_method(parser)
+    _add_model(parser)
+    _add_layout(parser)
+    _add_reading(parser)
+    _add_debug(parser)
+
+
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading the clip")
     group.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
@@ -184,6 +224,10 @@ def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None)
     group = parser.add_argument_group("answer")
     told = "(by the kind of question)" if max_new_tokens is None else "(%(default)s)"
     group.add_argument("--max-new-tokens", type=_positive_int, default=max_new_tokens, metavar="N", help=told)
+    _add_layout(group)
+
+
+def _add_layout(group: Any) -> None:
     layout = group.add_mutually_exclusive_group()
     layout.add_argument(
         "--separate", dest="interleaved", action="store_false", help="first the picture, then the sound (default)"
@@ -191,7 +235,7 @@ def _add_generation(parser: argparse.ArgumentParser, max_new_tokens: int | None)
     layout.add_argument(
         "--interleaved", dest="interleaved", action="store_true", help="picture and sound in turn, as time goes by"
     )
-    parser.set_defaults(interleaved=False)
+    group.set_defaults(interleaved=False)
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +258,17 @@ def _positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
+def _depths(text: str) -> list[int]:
+    return [_positive_int(part) for part in text.split(",")]
 
 
 def _name_value(text: str) -> tuple[str, str]:
