@@ -179,3 +179,10 @@ def test_a_single_video_tells_nothing_about_others():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_videos_that_all_score_the_same_leave_a_proportion_uncertain():
+    """No spread between the videos, as in balanced questions: the interval is that of independent items."""
+    balanced = statistics.proportion([1, 0] * 8, np.repeat(np.arange(8), 2))
+    assert balanced.design_effect == 0 and balanced.standard_error == 0
+    assert balanced.low < 0.5 < balanced.high and balanced.high - balanced.low > 0.3

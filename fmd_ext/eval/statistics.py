@@ -108,9 +108,9 @@ def proportion(scores: Any, clusters: Any = None, *, confidence: float = 0.95) -
     value, error, effect = _clustered(scores, index, count)
     if count < 2:
         return Estimate(value, math.nan, 0.0, 1.0, scores.size, count, effect)
-    effective = scores.size / effect if 0 < value < 1 else count
     # A design effect below 1 (videos balanced by construction) may be chance: it does not make items count twice.
-    low, high = _wilson(value, min(effective, scores.size), stats.t.ppf(0.5 + confidence / 2, count - 1))
+    effective = scores.size / max(effect, 1.0) if 0 < value < 1 else count
+    low, high = _wilson(value, effective, stats.t.ppf(0.5 + confidence / 2, count - 1))
     return Estimate(value, error, low, high, scores.size, count, effect)
 
 
