@@ -162,7 +162,7 @@ def _read(
     if video is None:
         frames = None
     elif num_frames is not None:
-        frames = _MiddleSampler(video, _middles(_count_packets(container, video), int(num_frames)), max_pixels)
+        frames = _MiddleSampler(video, middles(_count_packets(container, video), int(num_frames)), max_pixels)
     elif edge_seconds is not None:
         seconds = video.duration * video.time_base if video.duration else Fraction(duration)
         frames = _EdgeSampler(video, _seconds(seconds)[: int(edge_seconds)], max_pixels)
@@ -315,7 +315,7 @@ def _seconds(duration: Fraction) -> list[tuple[Fraction, Fraction]]:
     return [(start, start + 1) for start in starts]
 
 
-def _middles(total: int, count: int) -> list[int]:
+def middles(total: int, count: int) -> list[int]:
     """Numbers of the frames in the middle of ``count`` equal parts of frames 0 .. total - 1, as VideoLLaMA2 picks."""
     part = (total - 1) / count
     return [int(np.round(part * (2 * index + 1) / 2 + 1e-6)) for index in range(count)]

@@ -9,6 +9,7 @@ from .qwen2_5_omni import QWEN2_5_OMNI
 from .qwen3_omni import QWEN3_OMNI
 from .text_decoder import TEXT_DECODER
 from .video_salmonn import VIDEO_SALMONN
+from .videollama2 import VIDEOLLAMA2
 
 __all__ = [
     "ADAPTERS",
@@ -27,6 +28,7 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen2_5_omni": QWEN2_5_OMNI,
     "qwen3_omni": QWEN3_OMNI,
     "video_salmonn": VIDEO_SALMONN,
+    "videollama2": VIDEOLLAMA2,
     "text": TEXT_DECODER,
 }
 

@@ -28,6 +28,8 @@ MODEL_CLASSES = {
     "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "video_salmonn": "fmd_ext.models.video_salmonn:VideoSalmonnForConditionalGeneration",
+    "videollama2_qwen2": "fmd_ext.models.videollama2:VideoLlama2Qwen2ForConditionalGeneration",
+    "videollama2_mistral": "fmd_ext.models.videollama2:VideoLlama2MistralForConditionalGeneration",
 }
 
 

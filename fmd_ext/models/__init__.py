@@ -3,6 +3,6 @@
 Importing this package makes them known to transformers' Auto classes.
 """
 
-from . import video_salmonn
+from . import video_salmonn, videollama2
 
-__all__ = ["video_salmonn"]
+__all__ = ["video_salmonn", "videollama2"]
