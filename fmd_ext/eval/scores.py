@@ -297,7 +297,7 @@ def _captions(
 
 def _needed(comparison: Comparison) -> dict[str, int | None]:
     """An effect that exceeds what ever differs between the methods cannot be had: None."""
-    effect = comparison.difference.design_effect
+    effect = max(1.0, comparison.difference.design_effect)  # below 1 may be chance
     return {
         f"{gain:g}": statistics.items_needed(gain, comparison.discordance, design_effect=effect)
         if gain <= comparison.discordance
@@ -308,9 +308,8 @@ def _needed(comparison: Comparison) -> dict[str, int | None]:
 
 def _detectable(comparison: Comparison) -> float:
     estimate = comparison.difference
-    return statistics.detectable_gain(
-        estimate.num_items, comparison.discordance, design_effect=estimate.design_effect or 1.0
-    )
+    effect = max(1.0, estimate.design_effect)
+    return statistics.detectable_gain(estimate.num_items, comparison.discordance, design_effect=effect)
 
 
 def _flips(items: list[Item], scores: np.ndarray, baseline: np.ndarray) -> dict[str, list[str]]:

@@ -1,0 +1,3 @@
+"""fmd_ext within other people's tools."""
+
+from __future__ import annotations
