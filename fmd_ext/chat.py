@@ -12,6 +12,7 @@ import torch
 from fmd_ext.media import Clip, load_clip
 
 SYSTEM_PROMPT = "You are a helpful assistant."
+SMALLEST_FRAME = 128 * 28 * 28  # pixels: the least that Qwen2.5-Omni's processor scales a frame to
 
 
 @runtime_checkable
@@ -190,6 +191,11 @@ def _video_arguments(processor: Any, fps: float, frame_pixels: tuple[int, int] |
     arguments: dict[str, Any] = {"fps": fps, "do_sample_frames": False}  # the clip's frames are the sample
     if hasattr(processor.video_processor, "cap_pixels_per_frame"):
         arguments["cap_pixels_per_frame"] = True  # as Qwen's own code does; older versions have no such cap
+    own = processor.video_processor.size
+    if frame_pixels is None and (own["longest_edge"] or SMALLEST_FRAME) < SMALLEST_FRAME:
+        # Qwen2.5-Omni's processor class has a size of its own, past that of its video processor. It must not
+        # overrule a processor that was made for small frames.
+        frame_pixels = own["shortest_edge"], own["longest_edge"]
     if frame_pixels is not None:
         least, most = frame_pixels
         if not 0 < least <= most:

@@ -19,6 +19,7 @@ from fmd_ext.cli import main
 from fmd_ext.cli.errors import UserError
 from fmd_ext.media import load_clip
 from fmd_ext.tiny import save_random_model, tiny_processor, write_clip
+from fmd_ext.trained import bundled_scenes
 
 QUICK = ["--max-new-tokens", "6", "--max-frame-pixels", "3136"]
 
@@ -71,7 +72,8 @@ def test_ask_answers_as_the_model_does(fmd, folder):
 @pytest.mark.parametrize("layout", ["--separate", "--interleaved"])
 @pytest.mark.parametrize("masking", ["zero", "attention"])
 def test_ask_compares(fmd, folder, layout, masking):
-    code, out, _ = fmd("ask", folder / "clip.mp4", "What?", "--compare", layout, "--masking", masking, *QUICK)
+    random = ("--model", folder / "model")
+    code, out, _ = fmd("ask", folder / "clip.mp4", "What?", "--compare", layout, "--masking", masking, *random, *QUICK)
     assert code == 0
     assert "fork-merge decoding: 1 of 4 layers forked, masking " + masking in out
     assert re.search(r"vanilla +┃ fork-merge decoding", out)
@@ -88,14 +90,14 @@ def test_the_full_model_is_loaded_as_its_thinker(fmd, folder):
 @pytest.mark.parametrize("name, missing", [("silent", "audio"), ("blind", "video")])
 def test_a_clip_that_lacks_a_part_is_answered_with_a_note(fmd, folder, name, missing):
     clip = folder / f"{name}.mp4"
-    code, out, err = fmd("ask", clip, "What?", "--compare", "--interleaved", *QUICK)
+    code, out, err = fmd("ask", clip, "What?", "--compare", "--interleaved", "--model", folder / "model", *QUICK)
     assert code == 0
     assert f"note: the clip has no {missing}, so nothing is forked" in err
     cells = re.search(r"┩\n│ (.*?) *│ (.*?) *│", out)
     assert cells[1] == cells[2] != ""
 
 
-ASK = ("ask", "clip.mp4", "What?")
+ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ ASK = ("ask", "clip.mp4", "What?")
         ((*ASK, "--model", "./bare"), "processor of ./bare: "),
         ((*ASK, "--model", "./weightless"), "weights of ./weightless: "),
         ((*ASK, "--model", "./holed"), "the weights of ./holed lack 1 tensors, among them lm_head.weight"),
-        (("demo", "--seconds", "31"), "--seconds must be at most 30"),
+        (("demo", "--seed", "-1"), "argument --seed: must be 0 to 999999, got -1"),
         (("demo", "--question", ""), "the question is empty"),
         (("sing",), "argument COMMAND: invalid choice: 'sing'"),
         ((), "the following arguments are required: COMMAND"),
@@ -168,29 +170,48 @@ def test_debug_shows_where_an_error_comes_from(folder):
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_a_cut_off_prompt_is_noted(fmd, folder, tmp_path):
-    long = write_clip(tmp_path / "long.mp4", seconds=31.0, width=16, height=16, picture=False)
+def test_a_cut_off_prompt_is_noted(fmd, tmp_path):
+    long = write_clip(tmp_path / "long.mp4", seconds=9.0, width=16, height=16, picture=False)
     code, _, err = fmd("ask", long, "What?", "--vanilla", *QUICK)
-    assert code == 0 and "note: the model hears only the first 30 s of 31" in err
+    assert code == 0 and "note: the model hears only the first 8 s of 9.0 s" in err
+
+
+def test_the_built_in_model_answers_about_a_bundled_clip(fmd):
+    """Both objects are seen and heard: nothing misleads the model."""
+    clip = next(path for path, scene in bundled_scenes().items() if scene.relation == "matched")
+    kind = bundled_scenes()[clip].heard[0]
+    for question, expected in (
+        (f"Is the {kind} visible in the video?", "yes"),
+        (f"Is the {kind} making sound in the audio?", "yes"),
+    ):
+        assert fmd("ask", clip, question, "--vanilla")[:2] == (0, f"{expected}\n")
+    code, out, _ = fmd("ask", clip, f"Is the {kind} visible in the video?", "--compare")
+    assert code == 0 and "of 6 layers forked" in out
 
 
 def test_the_demo_shows_answers_attention_and_timings(fmd):
-    code, out, _ = fmd(
-        "demo", "--seconds", "2", "--max-new-tokens", "3", "--fork-layers", "2", "--masking", "attention"
-    )
+    code, out, _ = fmd("demo", "--seed", "4", "--max-new-tokens", "3", "--fork-layers", "2", "--masking", "attention")
     assert code == 0
-    assert "The weights are random: the words of its answers mean nothing." in out
-    assert "fork-merge decoding: 2 of 4 layers forked, masking attention" in out
+    assert "built-in model, trained on synthetic clips" in out
+    assert "fork-merge decoding: 2 of 6 layers forked, masking attention" in out
+    assert re.search(r"bundled clip \d+\.mp4: shows .*, sounds like .* \(swapped\)", out)
+    assert "clip made on the spot (--seed 4): shows " in out
+    assert out.count("fork-merge") >= 4 and len(re.findall(r"│ Is the \w+", out)) >= 6
     rows = {}
     for line in out.splitlines():
         found = re.match(r"│ +(\S.*?) +│ +(\S+) │ +([\d.]+)% │ +([\d.]+)% │ +([\d.]+)% │", line)
         if found:
             rows[found[1]] = (found[2], *map(float, found.groups()[2:]))
     assert list(rows) == ["vanilla", "fork-merge decoding", "visual branch", "audio branch", "merged"]
-    assert [row[0] for row in rows.values()] == ["1-4", "1-4", "1-2", "1-2", "3-4"]
+    assert [row[0] for row in rows.values()] == ["1-6", "1-6", "1-2", "1-2", "3-6"]
     assert all(sum(row[1:]) == pytest.approx(100, abs=0.2) for row in rows.values())
     assert rows["visual branch"][2] == 0 and rows["audio branch"][1] == 0 and min(rows["vanilla"][1:]) > 0
     assert len(re.findall(r"│ +\d+ ms │ +[\d.]+ │ +3 │", out)) == 2
+
+
+def test_the_demo_takes_a_question(fmd):
+    code, out, _ = fmd("demo", "--seed", "4", "--question", "Describe what you see.", "--max-new-tokens", "2")
+    assert code == 0 and out.count("Describe what") == 2 and "Is the" not in out
 
 
 def test_doctor_reports_json(fmd):

@@ -34,7 +34,7 @@ def test_a_seed_always_means_the_same_scene_and_splits_share_none():
     ranges = sorted(SPLITS.values(), key=lambda seeds: seeds.start)
     assert all(before.stop <= after.start for before, after in zip(ranges, ranges[1:], strict=False))
     assert split_scenes("val", 3)[0].seed == SPLITS["val"].start
-    with pytest.raises(ValueError, match="split must be one of train, val, test, got 'dev'"):
+    with pytest.raises(ValueError, match="split must be one of train, val, test, demo, got 'dev'"):
         split_scenes("dev", 3)
 
 

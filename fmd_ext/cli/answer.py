@@ -54,9 +54,11 @@ def generate(
 
 @contextlib.contextmanager
 def patched(loaded: LoadedModel, config: FMDConfig) -> Iterator[FMDConfig]:
-    """Fork-merge decoding within this context; gives the settings in force."""
+    """Fork-merge decoding within this context; gives the settings in force. The model's own fill what is not given."""
+    fields = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
     with blaming_input(ValueError, TypeError):
-        handle = fmd_ext.patch(loaded.model, config)
+        filled = config.replace(**{name: getattr(loaded.settings, name) for name in fields})
+        handle = fmd_ext.patch(loaded.model, filled)
     try:
         yield handle.config
     finally:

@@ -77,7 +77,7 @@ def _answer(
     if model.is_random and rank == 0:
         show.note("this model's weights are random: its answers mean nothing")
     reading = reading_from(args)
-    name = re.sub(r"[^\w.-]+", "-", Path(args.model).name if args.model else "random")
+    name = re.sub(r"[^\w.-]+", "-", Path(args.model).name if args.model else "built-in")
     results = Results(args.output or Path("results") / f"{loaded.benchmark.name}-{name}")
     runner = Runner(
         model.model,

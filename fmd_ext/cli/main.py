@@ -61,12 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading(ask)
     _add_debug(ask)
 
-    demo = commands.add_parser(
-        "demo", help="show the method on a small random-weight model and a clip made on the spot"
-    )
-    demo.add_argument("--question", default="What can be seen and heard?", help="what to ask (%(default)r)")
-    demo.add_argument("--seconds", type=_positive_float, default=4.0, help="length of the clip (%(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of the model's weights and of the clip (%(default)s)")
+    demo = commands.add_parser("demo", help="show the method on the small built-in model, about clips it never saw")
+    demo.add_argument("--question", help="what to ask about the clips instead of what misleads")
+    demo.add_argument("--seed", type=_seed, help="of the clip made on the spot (a new one every time)")
     _add_method(demo)
     _add_generation(demo, max_new_tokens=32)
     _add_debug(demo)
@@ -208,9 +205,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", metavar="NAME", help="folder or hub name (default: a tiny built-in one, random weights)"
-    )
+    group.add_argument("--model", metavar="NAME", help="folder or hub name (default: a tiny built-in one)")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(%(default)s)"
     )
@@ -276,6 +271,13 @@ def _name_value(text: str) -> tuple[str, str]:
     if not separator or not name or not value:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
     return name, value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1_000_000:
+        raise argparse.ArgumentTypeError(f"must be 0 to 999999, got {value}")
+    return value
 
 
 def _positive_float(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Loads a model and its processor, from a folder, the hub, or nothing at all."""
+"""Loads a model and its processor, from a folder, the hub, or from the package itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import importlib.util
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from fmd_ext import trained
 from fmd_ext.adapters import find_adapter
 from fmd_ext.cli.errors import UserError, blaming_input
-from fmd_ext.tiny import RANDOM_MARK, save_random_model
+from fmd_ext.config import FMDConfig
+from fmd_ext.tiny import RANDOM_MARK
 
 # The class that answers in text ("module:class"), by the configuration's model_type. Of the full omni models only the
 # thinker is loaded: the talker and the speech decoder would take memory for nothing.
@@ -35,12 +36,16 @@ MODEL_CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode with its processor; ``is_random``: its weights were never trained."""
+    """A model in eval mode with its processor.
+
+    ``is_random``: its weights were never trained. ``settings``: of fork-merge decoding, where the model brings some.
+    """
 
     model: Any
     processor: Any
     name: str
     is_random: bool
+    settings: FMDConfig = FMDConfig()
 
     @property
     def context_limit(self) -> int | None:
@@ -48,8 +53,8 @@ class LoadedModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(source: str | None, dtype: str = "auto", device: str = "auto", seed: int = 0) -> LoadedModel:
-    """Loads ``source`` (folder or hub name), or makes the built-in model with random weights when it is None.
+def load_model(source: str | None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Loads ``source`` (folder or hub name), or the small trained model of the package when it is None.
 
     Raises UserError for a model that is not there, is not supported, or lacks weights, and for an unusable device.
     """
@@ -58,9 +63,9 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto", se
         if _is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
         return _load(source, source, dtype, target)
-    with tempfile.TemporaryDirectory(prefix="fmd_ext_") as folder, _no_progress_bars():
-        save_random_model(Path(folder), seed)
-        return _load(folder, f"built-in model, random weights (seed {seed})", dtype, target)
+    with _no_progress_bars():
+        loaded = _load(str(trained.MODEL), "built-in model, trained on synthetic clips", dtype, target)
+    return dataclasses.replace(loaded, settings=FMDConfig.from_file(trained.SETTINGS))
 
 
 def _load(source: str, name: str, dtype: str, device: torch.device | None) -> LoadedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,16 @@ def side_by_side(console: Console, answers: dict[str, Answer]) -> None:
         table.add_column(name, ratio=1, overflow="fold")
     # Text, not a string: an answer may hold what rich takes for markup.
     table.add_row(*(Text(answer.text) for answer in answers.values()))
+    console.print(table)
+
+
+def answers(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Several questions, one row each."""
+    table = Table()
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from fmd_ext.tiny.clips import encode_clip
 # One file per benchmark, under a name that the benchmark itself uses.
 FILES = {"avhbench": "QA.json", "music_avqa": "avqa-test.json", "avqa": "val_qa.json"}
 
+# Half of the clips match, so that AV matching is as often right as wrong.
+BALANCED = ("matched", "silent", "matched", "off-screen", "matched", "swapped")
+
 
 def write_scene(path: str | Path, scene: Scene) -> Path:
     """Writes the clip of a scene as an mp4 and returns its path. It always has picture and sound, maybe only noise."""
@@ -26,13 +30,13 @@ def write_scene(path: str | Path, scene: Scene) -> Path:
 def write_dataset(folder: str | Path, split: str, clips: int) -> list[Scene]:
     """Writes the first ``clips`` clips of a split below ``folder/video`` and the questions beside it.
 
-    Beside the files of FILES, ``scenes.json`` says what each clip shows and lets hear. The same split and number give
-    the same files.
+    Beside the files of FILES, ``scenes.json`` says what each clip shows and lets hear. The clips' relations are
+    BALANCED. The same split and number give the same files.
 
     Raises:
         ValueError: an unknown split, or more clips than it has seeds.
     """
-    scenes = split_scenes(split, clips)
+    scenes = split_scenes(split, clips, BALANCED)
     folder = Path(folder)
     (folder / "video").mkdir(parents=True, exist_ok=True)
     for scene in tqdm(scenes, desc="writing clips", delay=1.0, leave=False):
@@ -45,13 +49,17 @@ def write_dataset(folder: str | Path, split: str, clips: int) -> list[Scene]:
     return scenes
 
 
-def split_scenes(split: str, clips: int) -> list[Scene]:
-    """The first scenes of a split; the seeds of two splits never meet."""
+def split_scenes(split: str, clips: int, relations: Sequence[str] = ()) -> list[Scene]:
+    """The first scenes of a split; the seeds of two splits never meet.
+
+    ``relations``: given to the clips in turn; none: each clip's seed draws its own.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not 0 < clips <= len(SPLITS[split]):
         raise ValueError(f"split {split} has 1 to {len(SPLITS[split])} clips, asked for {clips}")
-    return [scene_of(seed) for seed in SPLITS[split][:clips]]
+    turns = itertools.cycle(relations or [None])
+    return [scene_of(seed, relation) for seed, relation in zip(SPLITS[split][:clips], turns, strict=False)]
 
 
 def clip_name(scene: Scene) -> str:

@@ -24,6 +24,7 @@ SPLITS: dict[str, range] = {
     "train": range(0, 1_000_000),
     "val": range(1_000_000, 2_000_000),
     "test": range(2_000_000, 3_000_000),
+    "demo": range(3_000_000, 4_000_000),  # the clips that come with the package, and those that the demo makes
 }
 
 

@@ -31,8 +31,16 @@ def tiny_thinker_config(
     num_kv_heads: int = 2,
     intermediate_size: int = 256,
     max_position_embeddings: int = 32768,
+    vocab_size: int = VOCAB_SIZE,
+    encoder_size: int = 64,
+    audio_window: int = 100,
 ) -> Qwen2_5OmniThinkerConfig:
-    """The configuration of a tiny thinker: head_dim is hidden_size / num_heads, which must be an even whole number."""
+    """The configuration of a tiny thinker: head_dim is hidden_size / num_heads, which must be an even whole number.
+
+    Args:
+        encoder_size: channels of the picture's and of the sound's encoder, two heads each.
+        audio_window: half the mel frames (of 10 ms) that the sound's encoder sees at once.
+    """
     if hidden_size % num_heads or (hidden_size // num_heads) % 2:
         raise ValueError(f"hidden_size {hidden_size} is no even multiple of num_heads {num_heads}")
     head_dim = hidden_size // num_heads
@@ -46,7 +54,7 @@ def tiny_thinker_config(
     }
     return Qwen2_5OmniThinkerConfig(
         text_config={
-            "vocab_size": VOCAB_SIZE,
+            "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": intermediate_size,
             "num_hidden_layers": num_layers,
@@ -60,8 +68,8 @@ def tiny_thinker_config(
         },
         vision_config={
             "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
+            "hidden_size": encoder_size,
+            "intermediate_size": 2 * encoder_size,
             "num_heads": 2,
             "out_hidden_size": hidden_size,
             "fullatt_block_indexes": [1],
@@ -71,8 +79,9 @@ def tiny_thinker_config(
             "num_mel_bins": NUM_MEL_BINS,
             "encoder_layers": 2,
             "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 128,
-            "d_model": 64,
+            "encoder_ffn_dim": 2 * encoder_size,
+            "d_model": encoder_size,
+            "n_window": audio_window,
             "output_dim": hidden_size,
             "initializer_range": INITIALIZER_RANGE,
         },

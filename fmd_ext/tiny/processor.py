@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
@@ -42,14 +44,20 @@ CHAT_TEMPLATE = """\
 """
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte of UTF-8 text after the special tokens; it merges nothing."""
+def byte_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte of UTF-8 text after the special tokens.
+
+    Every word of ``texts`` gets a token of its own behind them; without texts nothing is merged.
+    """
     vocabulary = dict(zip(SPECIAL_TOKENS.values(), range(len(SPECIAL_TOKENS)), strict=True))
     vocabulary.update({character: token_of_byte(byte) for byte, character in enumerate(_byte_characters())})
     assert len(vocabulary) == VOCAB_SIZE
+    merges = _word_merges(texts)
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
 
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS.values()])
 
@@ -64,27 +72,38 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_processor() -> Qwen2_5OmniProcessor:
-    """The processor of tiny_thinker and tiny_omni: the class that real Qwen2.5-Omni models use, with small parts."""
-    return Qwen2_5OmniProcessor(**_parts(patch_size=14))
+def tiny_processor(
+    texts: Iterable[str] = (), frame_pixels: int | None = None, audio_seconds: int = 30
+) -> Qwen2_5OmniProcessor:
+    """The processor of tiny_thinker and tiny_omni: the class that real Qwen2.5-Omni models use, with small parts.
+
+    Args:
+        texts: see ``byte_tokenizer``.
+        frame_pixels: video frames are scaled to about so many; None: as Qwen2.5-Omni's own processor does.
+        audio_seconds: sound is padded to so many seconds, and cut there.
+    """
+    return Qwen2_5OmniProcessor(**_parts(14, texts, frame_pixels, audio_seconds))
 
 
 def tiny_qwen3_processor() -> Qwen3OmniMoeProcessor:
     """The processor of tiny_qwen3_thinker and tiny_qwen3_omni: real Qwen3-Omni's class, with small parts."""
-    return Qwen3OmniMoeProcessor(**_parts(patch_size=QWEN3_PATCH_SIZE))
+    return Qwen3OmniMoeProcessor(**_parts(QWEN3_PATCH_SIZE))
 
 
-def _parts(patch_size: int) -> dict[str, Any]:
+def _parts(
+    patch_size: int, texts: Iterable[str] = (), frame_pixels: int | None = None, audio_seconds: int = 30
+) -> dict[str, Any]:
     token_pixels = (2 * patch_size) ** 2
+    size = {} if frame_pixels is None else {"size": {"shortest_edge": frame_pixels, "longest_edge": frame_pixels}}
     return {
         "image_processor": Qwen2VLImageProcessor(
             patch_size=patch_size, min_pixels=4 * token_pixels, max_pixels=64 * token_pixels
         ),
-        "video_processor": Qwen2VLVideoProcessor(patch_size=patch_size),
+        "video_processor": Qwen2VLVideoProcessor(patch_size=patch_size, **size),
         "feature_extractor": WhisperFeatureExtractor(
-            feature_size=NUM_MEL_BINS, chunk_length=30, return_attention_mask=True
+            feature_size=NUM_MEL_BINS, chunk_length=audio_seconds, return_attention_mask=True
         ),
-        "tokenizer": byte_tokenizer(),
+        "tokenizer": byte_tokenizer(texts),
         "chat_template": CHAT_TEMPLATE,
     }
 
@@ -93,6 +112,14 @@ def unreadable_tokens() -> list[int]:
     """Ids that a demo should not print: special tokens but the end of a turn, and bytes beyond ASCII text."""
     readable = {token_of_byte(byte) for byte in range(32, 127)} | {TOKEN_IDS["im_end_token"]}
     return [token for token in range(VOCAB_SIZE) if token not in readable]
+
+
+def _word_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make one token of each word (with the space before it) of ``texts``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=10_000, show_progress=False))
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _byte_characters() -> list[str]:
