@@ -16,7 +16,7 @@ from fmd_ext.cli.main import main
 from fmd_ext.media import Clip, _seconds
 from fmd_ext.models.beats import fbank
 from fmd_ext.models.video_salmonn import VideoSalmonnProcessor, load_official
-from fmd_ext.models.video_salmonn.checkpoint import is_official_folder
+from fmd_ext.models.video_salmonn.checkpoint import is_official_folder, official_processor
 from fmd_ext.tiny import write_clip
 from video_salmonn_files import (
     LORA_ALPHA,
@@ -162,15 +162,23 @@ def test_the_command_line_answers_from_the_official_layout(official, tmp_path, c
     assert out.out.strip()
 
 
+def test_without_sentencepiece_it_says_what_to_install(official, tmp_path, monkeypatch):
+    spoil(official, tmp_path, "pretrained_ckpt/vicuna-13b-v1.5/tokenizer.json", None)
+    (tmp_path / "pretrained_ckpt" / "vicuna-13b-v1.5" / "tokenizer.model").write_bytes(b"a SentencePiece model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'fmd-ext\[video-salmonn\]'"):
+        official_processor(tmp_path, tiny_config())
+
+
 def spoil(official, folder, file, change):
-    """A copy of the layout, by links, with one file changed."""
+    """A copy of the layout, by links, with one file changed, or left out when ``change`` is None."""
     for source in official.rglob("*"):
         target = folder / source.relative_to(official)
         if source.is_dir():
             target.mkdir(parents=True, exist_ok=True)
         elif source.relative_to(official).as_posix() != file:
             target.symlink_to(source)
-        else:
+        elif change is not None:
             content = torch.load(source, weights_only=True)
             change(content)
             torch.save(content, target)
@@ -206,8 +214,7 @@ def test_partial_and_mismatched_files_are_refused_by_name(official, tmp_path, fi
 
 
 def test_a_missing_file_is_named(official, tmp_path, capsys):
-    spoil(official, tmp_path, "pretrained_ckpt/eva_vit_g.pth", lambda c: None)
-    (tmp_path / "pretrained_ckpt" / "eva_vit_g.pth").unlink()
+    spoil(official, tmp_path, "pretrained_ckpt/eva_vit_g.pth", None)
     with pytest.raises(FileNotFoundError, match="must hold one file pretrained_ckpt/eva_vit_g.pth, it holds none"):
         load_official(tmp_path)
     path = write_clip(tmp_path / "clip.mp4", seconds=1.0)

@@ -71,14 +71,11 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
 def _load(source: str, name: str, dtype: str, device: torch.device | None) -> LoadedModel:
     ports = importlib.import_module("fmd_ext.models")  # makes our ports known to transformers
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    placement = {"device_map": "auto"} if device is None else {}
     if ports.video_salmonn.is_official_folder(source):
-        if device is None:
-            raise UserError(
-                f"model {name}: the authors' files are loaded onto one device; --device spread is not for them"
-            )
-        with blaming_input(OSError, ValueError, prefix=f"model {name}: "), _no_load_report():
-            model, processor = ports.video_salmonn.load_official(source, dtype=torch_dtype)
-        return LoadedModel(model.to(device), processor, name, False)
+        with blaming_input(OSError, ValueError, ImportError, prefix=f"model {name}: "), _no_load_report():
+            model, processor = ports.video_salmonn.load_official(source, dtype=torch_dtype, **placement)
+        return LoadedModel(model if device is None else model.to(device), processor, name, False)
     with blaming_input(OSError, ValueError, prefix=f"model {name}: "):
         config = transformers.AutoConfig.from_pretrained(source)
     if config.model_type not in MODEL_CLASSES:
@@ -93,7 +90,6 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
         processor = transformers.AutoProcessor.from_pretrained(source)
     model_class = getattr(importlib.import_module(module), class_name)
-    placement = {"device_map": "auto"} if device is None else {}
     with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
         model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **placement)
     if report["missing_keys"]:

@@ -14,6 +14,7 @@ taken from the hub, as the official code does. A ``config.json`` of ours in the 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -101,6 +102,7 @@ def load_official(
 
     Raises:
         FileNotFoundError: a file of the layout is not there.
+        ImportError: Vicuna's tokenizer needs packages that are not installed.
         ValueError: files that lack tensors, hold unknown ones, or ones of another shape; they are named.
     """
     folder = Path(folder)
@@ -124,10 +126,19 @@ def official_config(folder: Path) -> VideoSalmonnConfig:
 
 
 def official_processor(folder: Path, config: VideoSalmonnConfig) -> VideoSalmonnProcessor:
+    try:
+        tokenizer = _part(folder, "vicuna-13b-v1.5", AutoTokenizer)
+    except (ImportError, ValueError) as error:
+        if all(importlib.util.find_spec(name) for name in ("sentencepiece", "google")):
+            raise
+        raise ImportError(
+            "Vicuna's tokenizer is a SentencePiece model, and the packages that read it are not installed: "
+            "pip install 'fmd-ext[video-salmonn]'"
+        ) from error
     return VideoSalmonnProcessor.of_config(
         config,
         _part(folder, "whisper-large-v2", WhisperFeatureExtractor),
-        _part(folder, "vicuna-13b-v1.5", AutoTokenizer),
+        tokenizer,
         _part(folder, "bert-base-uncased", AutoTokenizer),
     )
 

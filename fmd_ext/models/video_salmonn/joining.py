@@ -79,7 +79,8 @@ class JointQFormer(nn.Module):
         features = self.norm(joined.reshape(-1, group * places, width))
         features = features + self.position_embedding.weight[: group * places]
         hidden = self.query_norm(queries.expand(features.shape[0], -1, -1))
-        lowest = torch.finfo(features.dtype).min
+        # Half of the least number: a score is added to it, and float16 must not overflow.
+        lowest = torch.finfo(features.dtype).min / 2
         # Within a group a frame attends to itself and to the later ones: the published model was trained that way.
         frame = torch.arange(group, device=joined.device).repeat_interleave(places)
         causal = torch.zeros((), dtype=features.dtype, device=joined.device).masked_fill(
@@ -101,8 +102,9 @@ class JointQFormerLayer(nn.Module):
 
     def __init__(self, config: InstructBlipQFormerConfig) -> None:
         super().__init__()
-        of_features = copy.deepcopy(config)
+        config, of_features = copy.deepcopy(config), copy.deepcopy(config)
         of_features.hidden_size = config.encoder_hidden_size
+        config._attn_implementation = of_features._attn_implementation = "sdpa"
         self.feature_attention = InstructBlipQFormerAttention(of_features)
         self.attention = InstructBlipQFormerAttention(config)
         self.crossattention = InstructBlipQFormerAttention(config, is_cross_attention=True)
