@@ -153,6 +153,13 @@ def test_the_official_layout_loads_and_survives_saving(official, tmp_path):
     assert torch.equal(again(**inputs).logits, model(**prepare_inputs(processor, clip(), QUESTION)).logits)
 
 
+def test_accelerate_places_the_official_layout(official):
+    pytest.importorskip("accelerate")
+    model, processor = load_official(official, dtype=torch.float32, lora_alpha=LORA_ALPHA, device_map={"": "cpu"})
+    inputs = prepare_inputs(processor, clip(), QUESTION)
+    assert torch.equal(model(**inputs).logits, tiny_model()(**inputs).logits)
+
+
 def test_the_command_line_answers_from_the_official_layout(official, tmp_path, capsys):
     path = write_clip(tmp_path / "clip.mp4", seconds=2.0)
     options = ["--model", str(official), "--dtype", "float32", "--max-new-tokens", "4", "--fork-layers", "2"]
@@ -160,6 +167,9 @@ def test_the_command_line_answers_from_the_official_layout(official, tmp_path, c
     out = capsys.readouterr()
     assert "first and the last frame of each second" in out.err
     assert out.out.strip()
+    assert main(["verify", str(path), *options]) == 0
+    out = capsys.readouterr().out
+    assert "equal" in out and "attention" not in out  # the one masking that channel-wise fusion has
 
 
 def test_without_sentencepiece_it_says_what_to_install(official, tmp_path, monkeypatch):
