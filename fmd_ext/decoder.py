@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ from .plan import StepPlan
 from .session import UNREAD_BRANCHES, Session, check_labels
 
 ATTENTION_NAME = "fmd_ext"
+
+# Settings of a decoder's config that change what its layers see beyond rows and their keys.
+UNSUPPORTED = {
+    "attn_logit_softcapping": "caps its attention logits",
+    "hidden_size_per_layer_input": "feeds every layer an input of its own",
+    "num_kv_shared_layers": "lets later layers reuse the keys of earlier ones",
+    "use_bidirectional_attention": "lets positions attend to later ones",
+}
 
 
 def branched_attention(
@@ -52,7 +61,8 @@ def branched_attention(
             f"{type(module).__name__} did not pass its keyword arguments on to the attention function, so fmd_ext "
             "cannot run in it"
         )
-    extras = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    extras += ["sliding_window"] * _is_window(kwargs.get("sliding_window"), module.config)
     if extras:
         raise TypeError(
             f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
@@ -139,9 +149,10 @@ class MergeHook:
 class ForkedDecoder:
     """Runs a text decoder's own forward on packed rows. One per patched decoder."""
 
-    def __init__(self, session: Session, original: Any) -> None:
+    def __init__(self, session: Session, original: Any, embed: str = "") -> None:
         self.session = session
         self.original = original
+        self.embed = embed  # see `Adapter.embed`
         self.signature = inspect.signature(original)
 
     def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +197,7 @@ class ForkedDecoder:
         if (input_ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if embeds is None:
-            embeds = call["inputs_embeds"] = decoder.get_input_embeddings()(input_ids)
+            embeds = call["inputs_embeds"] = self._embed(decoder, input_ids, call)
         if embeds.dim() != 3:
             raise ValueError(f"inputs_embeds must be [batch, length, hidden], got {list(embeds.shape)}")
         refuse_gradients(decoder, embeds)
@@ -195,6 +206,14 @@ class ForkedDecoder:
                 "a patched model has no attention weights to return (they are never materialised); leave "
                 "output_attentions unset, or use fmd_ext.diagnose.attention_share"
             )
+
+    def _embed(self, decoder: nn.Module, input_ids: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
+        embeds = decoder.get_input_embeddings()(input_ids)
+        if not self.embed:
+            return embeds
+        put_features_in = getattr(decoder, self.embed)
+        _, _, *names = inspect.signature(put_features_in.forward).parameters
+        return put_features_in(input_ids, embeds, **{name: call.pop(name) for name in names if name in call})
 
     def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
@@ -324,6 +343,11 @@ def branched_config(config: Any) -> Any:
     return branched
 
 
+def _is_window(size: int | None, config: Any) -> bool:
+    """Whether a sliding window hides anything within the model's context."""
+    return bool(size) and size < (getattr(config, "max_position_embeddings", None) or math.inf)
+
+
 def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
     """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
     layer_types = getattr(decoder.config, "layer_types", None) or []
@@ -331,13 +355,14 @@ def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
     if other:
         kinds = ", ".join(other)
         raise TypeError(f"{type(decoder).__name__} has layers of type {kinds}; only full attention is supported")
-    if not layer_types and getattr(decoder.config, "sliding_window", None):
-        window = decoder.config.sliding_window
+    window = getattr(decoder.config, "sliding_window", None)
+    if not layer_types and _is_window(window, decoder.config):
         raise TypeError(
             f"{type(decoder).__name__} attends to a sliding window of {window}; only full attention is supported"
         )
-    if getattr(decoder.config, "attn_logit_softcapping", None):
-        raise TypeError(f"{type(decoder).__name__} caps its attention logits, which is not supported")
+    for name, what in UNSUPPORTED.items():
+        if getattr(decoder.config, name, None):
+            raise TypeError(f"{type(decoder).__name__} {what} ({name}), which is not supported")
     takes_features = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
     if takes_features and not hasattr(decoder, adapter.deepstack):
         raise TypeError(

@@ -92,7 +92,7 @@ class Handle:
     def _install_decoder(self) -> None:
         decoder = self.decoder
         refuse_unsupported(decoder, self.adapter)
-        self._override(decoder, "forward", ForkedDecoder)
+        self._override(decoder, "forward", ForkedDecoder, self.adapter.embed)
         if hasattr(decoder, self.adapter.deepstack):
             self._override(decoder, self.adapter.deepstack, PackedDeepstack)
         for module in (decoder, *(getattr(layer, self.adapter.attention) for layer in decoder.layers)):

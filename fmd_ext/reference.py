@@ -174,14 +174,18 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.
         branched = getattr(chosen.find_entry(model), chosen.branch_inputs)(mask_scale, **inputs)
         branch_embeds = branched.get("branch_embeds")
     caught: dict[str, Any] = {}
-    hook = chosen.find_decoder(model).register_forward_pre_hook(
-        lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
-    )
+    decoder = chosen.find_decoder(model)
+    # The embeddings where every decoder has them, also one that makes them itself: at its first layer.
+    hooks = [
+        decoder.register_forward_pre_hook(lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True),
+        decoder.layers[0].register_forward_pre_hook(lambda module, args: caught.update(first_layer=args[0])),
+    ]
     try:
         chosen.find_entry(model)(**inputs, use_cache=False)
     finally:
-        hook.remove()
-    embeds, mask = caught["inputs_embeds"], inputs.get("attention_mask")
+        for hook in hooks:
+            hook.remove()
+    embeds, mask = caught["first_layer"], inputs.get("attention_mask")
     labels = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     if inputs.get("input_ids") is not None:
         found = chosen.labels_of(model, inputs["input_ids"], inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import fmd_ext
 from fmd_ext import FMDConfig
@@ -81,6 +81,23 @@ def test_without_labels_it_is_vanilla(model):
     vanilla = model(ids).logits
     fmd_ext.patch(model, adapter="text")
     torch.testing.assert_close(model(ids).logits, vanilla, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "setting, what",
+    [
+        ({"hidden_size_per_layer_input": 16}, "feeds every layer an input of its own"),
+        ({"num_kv_shared_layers": 1}, "reuse the keys of earlier ones"),
+        ({"use_bidirectional_attention": "vision"}, "attend to later ones"),
+        ({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}, "layers of type sliding"),
+    ],
+    ids=str,
+)
+def test_what_gemma_4_does_is_refused(setting, what):
+    plain = {"layer_types": ["full_attention"] * 3, "hidden_size_per_layer_input": 0, "global_head_dim": 16}
+    config = Gemma4TextConfig(**{**DIMS, "vocab_size_per_layer_input": 97, **plain, **setting})
+    with pytest.raises(TypeError, match=what):
+        fmd_ext.patch(AutoModelForCausalLM.from_config(config), adapter="text")
 
 
 def test_a_sliding_window_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .base import AUDIO, JOINT, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSource
+from .phi4_multimodal import PHI4_MULTIMODAL
 from .qwen2_5_omni import QWEN2_5_OMNI
 from .qwen3_omni import QWEN3_OMNI
 from .text_decoder import TEXT_DECODER
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 ADAPTERS: dict[str, Adapter] = {
+    "phi4_multimodal": PHI4_MULTIMODAL,
     "qwen2_5_omni": QWEN2_5_OMNI,
     "qwen3_omni": QWEN3_OMNI,
     "video_salmonn": VIDEO_SALMONN,

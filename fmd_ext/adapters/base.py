@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class TokenSource:
 
     Args:
         modality: ``"visual"``, ``"audio"`` or ``"joint"``.
-        token_id: name of the config attribute that holds the placeholder's id.
+        token_id: name of the config attribute that holds the placeholder's id, dotted where it is a sub-config's.
         inputs: forward arguments that bring the features. ``"a.b"`` means key ``b`` of the dict argument ``a``. A
             placeholder without any of them in the call is an ordinary token, such as a generated one.
     """
@@ -56,6 +57,9 @@ class Adapter:
         sources: placeholder tokens of the branch modalities; none means that labels are always given by hand.
         defaults: settings for this family where they differ from the package's.
         attention: attribute of a decoder layer that holds its attention module.
+        embed: module of a decoder that takes token ids and features itself. It is called with the ids, their
+            embeddings and those of its other arguments that the decoder was given, and returns the embeddings with
+            the features in place.
         deepstack: method of the decoders that add visual features to the hidden states after early layers. It takes the
             hidden states, a bool mask [batch, length] of the visual positions, and features [visual positions, hidden].
         branch_inputs: for channel-wise fusion, the entry's method that masks a modality before the two are joined.
@@ -71,6 +75,7 @@ class Adapter:
     sources: tuple[TokenSource, ...] = ()
     defaults: FMDConfig = FMDConfig()
     attention: str = "self_attn"
+    embed: str = ""
     deepstack: str = "_deepstack_process"
     branch_inputs: str = ""
 
@@ -99,7 +104,7 @@ class Adapter:
         config = self.find_entry(model).config
         labels = torch.zeros(input_ids.shape, dtype=torch.int8, device=input_ids.device)
         for source in sources:
-            labels.masked_fill_(input_ids == getattr(config, source.token_id), LABELS[source.modality])
+            labels.masked_fill_(input_ids == operator.attrgetter(source.token_id)(config), LABELS[source.modality])
         return labels
 
 
