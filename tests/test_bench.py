@@ -40,7 +40,10 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
     for variant in ("merged", "zero", "attention"):
         assert candidates[f"branched_prefill/{variant}"] == candidates[f"branched_decode/{variant}"] == attention
     models = ["vanilla", "attention masking", "zero masking", "zero masking, alpha auto", "two passes"]
-    assert candidates["model_prefill/tiny"] == candidates["model_decode/tiny"] == models
+    assert candidates["model_prefill/tiny"] == models
+    static = [f"{name}, runner" for name in models[:3]]
+    assert candidates["model_decode/tiny"] == models + static
+    assert candidates["model_generate/tiny"] == models[:3] + static
     for case in quick["cases"]:
         assert case["rounds"] == 2
         for index, candidate in enumerate(case["candidates"]):
@@ -48,6 +51,7 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
             assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"]
             assert candidate["error"] < 1e-5
             assert index or set(ratio.values()) == {1.0}
+            assert 0 < candidate["of_peak"] and case["work"]["bytes"] > 0
 
 
 def test_json_says_where_and_with_what(quick):
@@ -97,7 +101,7 @@ def test_a_wrong_candidate_of_an_op_gets_no_speed(tmp_path, capsys, op, index):
     path = tmp_path / "wrong.json"
     assert main(["--quick", "--repeats", "1", "--only", op, "--json", str(path)], build) == 1
     said = capsys.readouterr()
-    assert "fmd_ext" not in said.out.partition("error\n")[2]
+    assert "fmd_ext" not in said.out.partition("of peak\n")[2]
     for case in json.loads(path.read_text())["cases"]:
         assert set(case) == {"case", "shapes", "error"}
         assert case["error"] in said.err and "wrong output" in case["error"]
@@ -293,8 +297,9 @@ def test_the_page_in_docs_is_the_one_of_its_data():
 def test_figures_of_the_readme(quick):
     text = with_figures(f"before\n{BEGIN}\nold\n{END}\nafter\n", [quick])
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    zero = quick["cases"][-2]["candidates"][2]
-    assert quick["cases"][-2]["case"].startswith("model_prefill") and zero["name"] == "zero masking"
+    prefill = next(case for case in quick["cases"] if case["case"].startswith("model_prefill"))
+    zero = prefill["candidates"][2]
+    assert zero["name"] == "zero masking"
     assert f"| prefill, zero masking | the unpatched model | {zero['ratio']['median']:.2f} (" in text
     with pytest.raises(ValueError, match="no single part between"):
         with_figures("no markers", [quick])

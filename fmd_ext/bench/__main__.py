@@ -13,10 +13,14 @@ import torch
 
 from . import attention_cases, fused_cases, machine, model_cases, report, row_cases
 from .cases import Case, run_case
+from .roofline import add_limits, measure_peaks
 from .timing import MIN_ROUNDS
 from .workload import PROMPT, QUICK_PROMPT, SIZES, Workload
 
-ATTENTION_OPS, MODEL_CALLS = ("branched_prefill", "branched_decode"), ("model_prefill", "model_decode")
+ATTENTION_OPS, MODEL_CALLS = (
+    ("branched_prefill", "branched_decode"),
+    ("model_prefill", "model_decode", "model_generate"),
+)
 FUSED_OPS = ("rope_append_", "merge_norm_")
 OPS = ("append_", *ATTENTION_OPS, "merge_", *FUSED_OPS, *MODEL_CALLS)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,10 +68,13 @@ def main(argv: Sequence[str] | None = None, build: Build = build_cases) -> int:
     }
     budget = SECONDS_PER_QUICK_CASE if args.quick else SECONDS_PER_CASE
     with torch.inference_mode():
+        facts["peaks"] = measure_peaks(device, getattr(torch, dtype), args.quick)
         torch.manual_seed(0)
         for case in build(workload, getattr(torch, dtype), device, set(args.only or OPS)):
             print(f"{case.name} ...", file=sys.stderr)
-            facts["cases"].append(run_case(case, device, args.repeats, budget))
+            report_of_case = run_case(case, device, args.repeats, budget)
+            add_limits(report_of_case, case.work, facts["peaks"])
+            facts["cases"].append(report_of_case)
             del case  # its tensors, before the next case makes its own
     return _finish(facts, args.json)
 
@@ -77,6 +84,8 @@ def _finish(facts: dict[str, Any], path: Path | None) -> int:
         print(f"{name:<16}{text}")
     print()
     print(report.table(facts["cases"]))
+    for name, reason in report.absent(facts["cases"]).items():
+        print(f"absent: {name}: {reason}")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n")

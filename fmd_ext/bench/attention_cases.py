@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fmd_ext import ops
 from fmd_ext.plan import AttentionStep
 
+from .alternatives import AttentionWork, Group, alternatives
 from .cases import Candidate, Case
 from .checking import Reference
 from .plans import AttentionPlan, attention_plans
+from .roofline import Work
 from .timing import Step
 from .workload import Workload
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Queries ``rows`` [qo_len] of q, which see ``slots`` [kv_len] of the pools, the last of them causally."""
-
-    rows: Tensor
-    slots: Tensor
-    prefix_len: int
-
-    @property
-    def visible(self) -> Tensor:
-        """bool [qo_len, kv_len]."""
-        qo_len, kv_len = len(self.rows), len(self.slots)
-        return torch.ones(qo_len, kv_len, dtype=torch.bool, device=self.rows.device).tril(kv_len - qo_len)
 
 
 def groups_of(step: AttentionStep, device: torch.device) -> list[Group]:
@@ -82,7 +67,7 @@ def _case(workload: Workload, plan: AttentionPlan, dtype: torch.dtype, device: t
     candidates = [
         Candidate("fmd_ext", Step(own), lambda out: [out], reference),
         Candidate("eager PyTorch", Step(eager), lambda out: [out], reference),
-        _sdpa_per_branch(q, k, v, groups, scale, reference),
+        *alternatives(AttentionWork(q, k, v, groups, scale, reference)),
     ]
     shapes = {
         "rows": plan.num_rows,
@@ -90,7 +75,7 @@ def _case(workload: Workload, plan: AttentionPlan, dtype: torch.dtype, device: t
         "heads": [size.num_qo_heads, size.num_kv_heads],
         "head_dim": size.head_dim,
     }
-    return Case(plan.op, plan.variant, shapes, candidates)
+    return Case(plan.op, plan.variant, shapes, candidates, least_work(q, k, groups))
 
 
 def eager_attention(
@@ -123,41 +108,12 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, groups: list[Group], scale:
     return out
 
 
-def _sdpa_per_branch(
-    q: Tensor, k: Tensor, v: Tensor, groups: list[Group], scale: float, reference: Reference
-) -> Candidate:
-    """One call of scaled_dot_product_attention per branch, on inputs laid out as it likes before the clock starts.
-
-    In prefill each branch runs the shared prefix too, which makes it plainly causal. In decode the query heads that
-    share a key head go in as its queries, which is the faster form.
-    """
-    heads, kv_heads = q.shape[1], k.shape[0]
-    decode = all(len(group.rows) == 1 for group in groups)
-    branches = []  # rows, q [1, heads, queries, head_dim], k and v [1, kv_heads, keys, head_dim]
-    prefix = next((group for group in groups if group.prefix_len == 0), None)
-    for group in groups:
-        if group is prefix and len(groups) > 1 and not decode:
-            continue  # runs inside the branches
-        rows = torch.cat([prefix.rows, group.rows]) if group.prefix_len and not decode else group.rows
-        if not decode and len(rows) != len(group.slots):
-            raise ValueError("per-branch attention is made for a prompt given at once")
-        queries = q[rows].transpose(0, 1)[None].contiguous()
-        if decode:
-            queries = queries.reshape(1, kv_heads, heads // kv_heads, -1)
-        branches.append((rows, queries, k[None, :, group.slots].contiguous(), v[None, :, group.slots].contiguous()))
-
-    def run() -> list[Tensor]:
-        return [
-            F.scaled_dot_product_attention(
-                queries, keys, values, is_causal=not decode, enable_gqa=not decode and heads != kv_heads, scale=scale
-            )
-            for _, queries, keys, values in branches
-        ]
-
-    def output(results: list[Tensor]) -> list[Tensor]:
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        for (rows, *_), result in zip(branches, results, strict=True):
-            out[rows] = result.reshape(heads, len(rows), -1).transpose(0, 1)
-        return [out]
-
-    return Candidate("SDPA per branch", Step(run), output, reference)
+def least_work(q: Tensor, k: Tensor, groups: list[Group]) -> Work:
+    """Every row read and written once, every key read once (a shared prefix once for all), two products per pair."""
+    prefixes = {int(group.slots[0]): group.prefix_len for group in groups if group.prefix_len}
+    keys = sum(len(group.slots) - group.prefix_len for group in groups)
+    if not any(group.prefix_len == 0 and int(group.slots[0]) in prefixes for group in groups):
+        keys += sum(prefixes.values())  # no group of this call is the prefix itself
+    elements = 2 * q.numel() + 2 * keys * k.shape[0] * k.shape[2]
+    pairs = sum(int(group.visible.sum()) for group in groups)
+    return Work(elements * q.element_size(), 4 * pairs * q.shape[1] * q.shape[2])

@@ -12,6 +12,7 @@ from fmd_ext import FMDConfig, ops
 from .cases import Candidate, Case
 from .checking import Reference
 from .plans import CallPlan, call_plans
+from .roofline import Work
 from .timing import Step
 from .workload import Workload
 
@@ -73,7 +74,10 @@ def _rope_append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, de
 
     candidates = [candidate("fmd_ext", fused), candidate("eager, append_", beside), candidate("eager PyTorch", eager)]
     heads = {"query heads": size.num_qo_heads, "kv heads": size.num_kv_heads}
-    return Case("rope_append_", call.phase, {"rows": num_rows, **heads, "head_dim": size.head_dim}, candidates)
+    shapes = {"rows": num_rows, **heads, "head_dim": size.head_dim}
+    read = queries.numel() + new.numel() + cos.numel() + sin.numel()
+    work = Work((read + queries.numel() + new.numel()) * queries.element_size())
+    return Case("rope_append_", call.phase, shapes, candidates, work)
 
 
 def _merge_norm_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
@@ -115,4 +119,6 @@ def _merge_norm_case(workload: Workload, call: CallPlan, dtype: torch.dtype, dev
         candidate("eager PyTorch", eager),
     ]
     shapes = {"rows": plan.num_rows, "pairs": plan.num_away, "hidden_size": hidden_size}
-    return Case("merge_norm_", call.phase, shapes, candidates)
+    # Every row is read; merged home rows are written, and the norm of every home row.
+    moved = (plan.num_rows + plan.num_away + plan.num_home) * hidden_size * original.element_size()
+    return Case("merge_norm_", call.phase, shapes, candidates, Work(moved))

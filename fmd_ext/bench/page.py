@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import COLUMNS, rows_of, summary
+from .report import COLUMNS, absent, rows_of, summary
 
 NOTE = "<!-- Written by scripts/benchmarks from docs/data/*.json: change those, never this page. -->"
 INTRODUCTION = """
@@ -18,15 +18,21 @@ INTRODUCTION = """
 ops, float32 for models) in the run that timed it, before the first and after the last timed round; `error` is the
 largest difference of a row relative to its largest value. All candidates run once per round, each
 round in another order. `ratio` is a candidate's time over that of the first of its case in the same round: median and
-quartiles over rounds.
+quartiles over rounds. `of peak` is the time that the least possible work takes (every byte once, only visible pairs;
+for models that of the unpatched one) at the copy bandwidth and matrix rate measured in the same run, over the
+candidate's.
 
 * `fmd_ext` works on packed rows and slot pools; `merged` is attention after the merge, where there is one branch.
 * `eager PyTorch` is index arithmetic, masked softmax and concatenation on the same packed rows.
 * `rope_append_` and `merge_norm_` join steps, rotation and append, merge and norm: the other candidates take them one
   by one. The patched decoder runs the model's own code, which takes these steps itself.
 * `SDPA per branch` calls `scaled_dot_product_attention` once per branch, on inputs gathered before the clock starts.
+  On a GPU its flash and cuDNN backends are forced as well, and compiled FlexAttention with a block mask, flash-attn and
+  FlashInfer run where they are installed and take the shapes.
 * `vanilla` is the unpatched model on `scaled_dot_product_attention`; `two passes` runs the early layers twice, as the
   paper does. Models have random weights and a small vocabulary; encoders are not part of the time.
+* `…, runner` decodes over static buffers (on a GPU: replays a CUDA graph), the others with a plan and launches per
+  step. `model_generate` is `model.generate` behind a cached prompt, 32 tokens.
 """.strip()
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
@@ -94,6 +100,10 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
     yield "| --- | ---: | --- |" + " ---: |" * (len(COLUMNS) - 3)
     for case in run["cases"]:
         yield from ("| " + " | ".join(row) + " |" for row in rows_of(case))
+    reasons = absent(run["cases"])
+    if reasons:
+        yield from ("", "Not measured, because they could not run there:", "")
+        yield from (f"* {name}: `{reason}`" for name, reason in reasons.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

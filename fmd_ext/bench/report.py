@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-COLUMNS = ("case", "rounds", "candidate", "median", "quartiles", "min", "ratio", "quartiles", "error")
+COLUMNS = ("case", "rounds", "candidate", "median", "quartiles", "min", "ratio", "quartiles", "error", "of peak")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -33,7 +33,16 @@ def rows_of(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             number(ratio["median"]),
             f"{number(ratio['q1'])} to {number(ratio['q3'])}" if index else "",
             f"{candidate['error']:.0e}",
+            f"{candidate['of_peak']:.0%}" if "of_peak" in candidate else "",
         )
+
+
+def absent(cases: list[dict[str, Any]]) -> dict[str, str]:
+    """Candidates that could not run here, with the reason of the first case that says one."""
+    reasons: dict[str, str] = {}
+    for case in cases:
+        reasons = {**case.get("absent", {}), **reasons}
+    return reasons
 
 
 def duration(seconds: float) -> str:
@@ -61,6 +70,9 @@ def summary(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if machine["gpu"]:
         lines.append(("GPU", machine["gpu"]))
+    if "peaks" in facts:
+        copy, matrix = facts["peaks"]["copy_bytes_per_s"] / 1e9, facts["peaks"]["matrix_flops_per_s"] / 1e12
+        lines.append(("peaks", f"copy {number(copy)} GB/s, matrix product {number(matrix)} TFLOP/s (measured)"))
     return [
         *lines,
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

@@ -12,6 +12,7 @@ from fmd_ext import FMDConfig, ops
 from .cases import Candidate, Case
 from .checking import Reference
 from .plans import CallPlan, call_plans
+from .roofline import Work
 from .timing import Step
 from .workload import Workload
 
@@ -61,7 +62,7 @@ def _append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device:
         Candidate("eager torch.cat", Step(cat), list, Reference(list(joined), EXACT)),
     ]
     shapes = {"rows": num_rows, "kv heads": size.num_kv_heads, "head_dim": size.head_dim, "cached": held}
-    return Case("append_", call.phase, shapes, candidates)
+    return Case("append_", call.phase, shapes, candidates, Work(2 * new.numel() * new.element_size()))
 
 
 def _merge_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
@@ -106,4 +107,5 @@ def _merge_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: 
         ),
     ]
     shapes = {"rows": plan.num_rows, "pairs": plan.num_away, "hidden_size": hidden_size}
-    return Case("merge_", call.phase, shapes, candidates)
+    moved = 3 * plan.num_away * hidden_size * original.element_size()  # home and away read, home written
+    return Case("merge_", call.phase, shapes, candidates, Work(moved))

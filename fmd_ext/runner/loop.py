@@ -118,7 +118,7 @@ class Selection:
         self.unfinished = self.unfinished & ~done
         self._host.copy_(torch.cat([self._tokens, self.unfinished.max()[None]]), non_blocking=True)
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(self.unfinished.device))
 
     def receive(self) -> tuple[torch.Tensor, bool]:
         """The tokens last sent, on the host, and whether all samples are done."""

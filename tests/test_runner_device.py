@@ -1,0 +1,114 @@
+"""The decode runner on a real CUDA device: captured graphs, no wait, the logits of the usual path. Else skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+import fmd_ext
+from fmd_ext.runner.runner import Decoding
+from fmd_ext.tiny import tiny_thinker
+from omni_inputs import AUDIO_VIDEO, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, build_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: no graph was captured on one"),
+]
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_thinker(seed=0).to("cuda", torch.bfloat16)
+
+
+def on_device(samples):
+    inputs = build_inputs(samples)
+    moved = {name: value.cuda() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return inputs | {n: v.bfloat16() if v.is_floating_point() else v for n, v in moved.items()}
+
+
+def forced(width):
+    """The same words whatever the model says, so that rounding cannot make two runs part."""
+    words = torch.randint(20, 260, (COUNT,), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def force(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, words[ids.shape[1] - width][None], 0.0)
+
+    return LogitsProcessorList([force])
+
+
+def logits(model, inputs):
+    out = model.generate(
+        **inputs, max_new_tokens=COUNT, do_sample=False, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True, logits_processor=forced(inputs["input_ids"].shape[1]),
+    )  # fmt: skip
+    return torch.stack(out.logits, 1).float()
+
+
+@pytest.mark.parametrize("samples", [[VIDEO_AUDIO], [TWO_CLIPS, TEXT_ONLY, AUDIO_VIDEO]], ids=len)
+@pytest.mark.parametrize("masking", ["zero", "attention"])
+@pytest.mark.parametrize("fork_layers", [0, 2, 4])
+def test_replays_give_the_logits_of_the_usual_path(model, samples, masking, fork_layers):
+    inputs = on_device(samples)
+    with fmd_ext.patch(model, fork_layers=fork_layers, masking=masking, runner=False):
+        expected = logits(model, inputs)
+    with fmd_ext.patch(model, fork_layers=fork_layers, masking=masking, runner=True) as handle:
+        for _ in range(2):  # captured, and found again
+            actual = logits(model, inputs)
+            assert handle.runner.last == f"decode runner: {COUNT - 1} replays of a captured graph"
+            assert (actual - expected).abs().max() <= 0.03 * expected.abs().max()
+        assert len(handle.runner._steps) == 1
+
+
+def test_it_is_on_by_default_where_the_model_forks(model):
+    inputs = on_device([VIDEO_AUDIO])
+    for fork_layers, said in ((2, "replays of a captured graph"), (0, "off with fork_layers=0")):
+        with fmd_ext.patch(model, fork_layers=fork_layers) as handle:
+            model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+            assert said in handle.runner.last
+
+
+def test_a_step_waits_for_nothing(model, monkeypatch):
+    """torch raises at every call that makes the host wait for the device, from the second step on."""
+    feed, waits = Decoding.feed, []
+
+    def strict(self, tokens):
+        if self.step is None:
+            return feed(self, tokens)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return feed(self, tokens)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(self.total)
+
+    monkeypatch.setattr(Decoding, "feed", strict)
+    with fmd_ext.patch(model, fork_layers=2):
+        model.generate(**on_device([VIDEO_AUDIO, TEXT_ONLY]), max_new_tokens=8, min_new_tokens=8)
+    assert waits == list(range(2, 8))
+
+
+def test_another_stream(model):
+    inputs = on_device([VIDEO_AUDIO])
+    with fmd_ext.patch(model, fork_layers=2) as handle:
+        expected = logits(model, inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            actual = logits(model, inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(actual, expected) and "replays" in handle.runner.last
+
+
+def test_the_sampled_tokens_leave_the_same_random_state(model):
+    inputs = on_device([VIDEO_AUDIO])
+    states = []
+    for run_ahead in (False, True):
+        with fmd_ext.patch(model, fork_layers=2) as handle:
+            handle.runner.run_ahead = run_ahead
+            torch.manual_seed(3)
+            tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, eos_token_id=list(range(120)))
+            states.append((tokens.tolist(), torch.cuda.get_rng_state().tolist()))
+    assert states[0] == states[1]
