@@ -142,6 +142,22 @@ def test_a_partial_checkpoint_is_refused_by_name(tmp_path, gone, named):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_what_no_feature_passes_through_may_be_missing(tmp_path):
+    """SigLIP's pooling head and BEATs' classifier."""
+    state = {n: t for n, t in official_state("qwen2").items() if ".head." not in n and ".predictor." not in n}
+    assert 0 < len(official_state("qwen2")) - len(state) < 20
+    model = AutoModelForCausalLM.from_pretrained(write_official_folder(tmp_path / "headless", "qwen2", state))
+    close(model(**recorded_inputs(model, "qwen2")).logits[0, -30:], RECORDED["qwen2_logits"])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 0.05), (torch.bfloat16, 0.4)])
+def test_low_precision_stays_near(folders, dtype, bound):
+    model = AutoModelForCausalLM.from_pretrained(folders["qwen2"], dtype=dtype)
+    logits = model(**recorded_inputs(model, "qwen2")).logits
+    assert logits.dtype == dtype
+    np.testing.assert_allclose(logits[0, -30:].float().numpy(), RECORDED["qwen2_logits"], atol=bound, rtol=0)
+
+
 def test_another_models_checkpoint_is_refused_by_name(tmp_path):
     folder = write_official_folder(tmp_path / "other", "qwen2", {"transformer.wte.weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match=r"lacks \d+ tensors.*; it holds 1 others, such as transformer.wte.weight"):

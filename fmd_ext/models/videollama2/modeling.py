@@ -90,6 +90,8 @@ class _GenerationPart(CompleteCheckpoints):
     ]
     # Tables of position biases that every layer of the official BEATs repeats, and what CLIP once saved.
     _keys_to_ignore_on_load_unexpected = [*Beats._keys_to_ignore_on_load_unexpected, r"embeddings\.position_ids$"]
+    # SigLIP's pooling head and BEATs' classifier: no feature passes through them.
+    _keys_to_ignore_on_load_missing = [r"vision_tower\.head\.", r"audio_tower\.predictor\."]
     input_modalities = ("video", "audio", "text")
     text_model: type[PreTrainedModel]  # of self.model
 
