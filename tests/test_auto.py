@@ -134,14 +134,15 @@ def test_prompts_choose_different_depths(eager):
     assert len(depths) > 1
 
 
-def test_the_deepest_sample_decides_for_a_batch(model, eager):
+@pytest.mark.parametrize("runner", [None, True], ids=["step by step", "runner"])
+def test_the_deepest_sample_decides_for_a_batch(model, eager, runner):
     inputs = build_inputs([VIDEO_AUDIO, TEXT_ONLY, INTERLEAVED[:1] + AUDIO_VIDEO, TWO_CLIPS])
     given = decoder_inputs(eager, **inputs)
     all_shares = {i: shares(eager, given, i) for i in forked_samples(given)}
     depth = max(depth_of(own) for own in all_shares.values())
     alpha = {i: alpha_of(own, depth) for i, own in all_shares.items()}
     expected = reference_generate(model, resolved(alpha, 4, fork_layers=depth), 6, **inputs)
-    handle = fmd_ext.patch(model, fork_layers="auto", alpha="auto")
+    handle = fmd_ext.patch(model, fork_layers="auto", alpha="auto", runner=runner)
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert handle.last_plan.fork_layers == depth  # also of the decode steps
     assert tokens[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
