@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> int:
     token = last_question_token(loaded.processor, args.question)
     answers = {VANILLA: generate(loaded, inputs, args.max_new_tokens)}
     shares = {VANILLA: attention_share(loaded.model, inputs, token)}
-    scale = config.mask_scale or 0.0
-    reading = None if config.masking == "attention" else read_prompt(loaded.model, inputs, mask_scale=scale)
     with patched(loaded, config) as settings:
         answers[FORKED] = generate(loaded, inputs, args.max_new_tokens)
         shares[FORKED] = attention_share(loaded.model, inputs, token)
+    reading = None
+    if settings.masking == "zero":
+        reading = read_prompt(loaded.model, inputs, mask_scale=settings.mask_scale)
     flips = _same(answers[VANILLA].text) != _same(answers[FORKED].text)
 
     console = Console()

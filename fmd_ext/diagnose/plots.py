@@ -116,17 +116,18 @@ def alpha_reliability(alphas: Any, path: str | Path) -> Path:
     alphas = np.asarray(alphas, float)
     drawn, (left, right) = figure(2, width=4.0)
     counts = np.arange(1, len(alphas) + 1)
-    bins = np.linspace(alphas.min() - 0.01, alphas.max() + 0.01, 26)
+    bins = np.linspace(0, 1, 41)
     for index, modality in enumerate(("visual", "audio")):
         values, colour = alphas[:, index], COLOURS[modality]
         mean = values.cumsum() / counts
         spread = np.sqrt(np.maximum((values**2).cumsum() / counts - mean**2, 0) * counts / np.maximum(counts - 1, 1))
         reach = 1.96 * spread / np.sqrt(counts)
-        left.fill_between(counts[1:], (mean - reach)[1:], (mean + reach)[1:], color=colour, alpha=0.2, linewidth=0)
+        low, high = (np.clip(mean + side * reach, 0, 1)[1:] for side in (-1, 1))
+        left.fill_between(counts[1:], low, high, color=colour, alpha=0.2, linewidth=0)
         left.plot(counts, mean, color=colour, linewidth=1.8, linestyle=("-", "--")[index], label=NAMES[modality])
         right.hist(values, bins, orientation="horizontal", color=colour, alpha=0.55, label=NAMES[modality])
         right.axhline(mean[-1], color=colour, linewidth=1.8, linestyle=("-", "--")[index])
-    left.set(xlabel="prompts", ylabel="alpha", title="mean and 95 % interval")
+    left.set(xlabel="prompts", ylabel="alpha", title="mean and 95 % interval", ylim=(0, 1))
     right.set(xlabel="number of prompts", title="single prompts, and their mean")
     left.grid(axis="y")
     drawn.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
