@@ -77,7 +77,7 @@ def test_logits_and_tokens_equal_the_reference(model, masking, fork_layers):
     vanilla = model(**inputs).logits[keep]
     expected, tokens = reference_logits(model, config, **inputs), reference_generate(model, config, 6, **inputs)
     assert (expected[keep] - vanilla).abs().max() > 0.1
-    handle = fmd_ext.patch(model, config)
+    handle = fmd_ext.patch(model, config, runner=fork_layers == 2)
     torch.testing.assert_close(model(**inputs).logits[keep], expected[keep], atol=1e-4, rtol=0)
     assert handle.last_plan.forked.all()
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
