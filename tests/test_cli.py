@@ -228,12 +228,14 @@ def test_doctor_reports_json(fmd):
     assert all(float(op["check"]) < 1e-5 and op["why"] for op in on_cpu.values())
     for op in report["ops"]:
         assert op["path"] is not None or op["why"]
+    on_gpu = torch.cuda.is_available() and libraries["cuda"]["loaded"]
+    assert report["decode_runner"]["on_by_default"] == on_gpu and "runner" in report["decode_runner"]["why"]
 
 
 def test_doctor_in_words(fmd):
     code, out, _ = fmd("doctor")
     assert code == 0 and out.splitlines()[-1] == "all is well: the extension can run"
-    for word in ("transformers", "libfmd_ext_cpu.so", "branched_decode (cpu)", "torch_target_version"):
+    for word in ("transformers", "libfmd_ext_cpu.so", "branched_decode (cpu)", "torch_target_version", "decode runner"):
         assert word in out
 
 

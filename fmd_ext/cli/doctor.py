@@ -51,6 +51,7 @@ def examine() -> dict[str, Any]:
     report["build"] = _build(report)
     report["libraries"] = _libraries(report)
     report["ops"] = _ops(report) if not report["problems"] else []
+    report["decode_runner"] = _decode_runner(report)
     return report
 
 
@@ -146,6 +147,15 @@ def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
     return ops
 
 
+def _decode_runner(report: dict[str, Any]) -> dict[str, Any]:
+    """Whether a patched model's ``generate`` replays CUDA graphs here when nothing else is said, and why."""
+    loaded = any(lib["device"] == "cuda" and lib["loaded"] for lib in report["libraries"])
+    if report["gpus"] and loaded:
+        return {"on_by_default": True, "why": "models on a GPU that fork; handle.runner.last tells it of each call"}
+    lacking = "the CUDA op library is not loaded" if report["gpus"] else "torch sees no CUDA device"
+    return {"on_by_default": False, "why": f"{lacking}; patch(model, runner=True) runs it without graphs"}
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -170,6 +180,8 @@ def _print(report: dict[str, Any]) -> None:
         section("build", [(name, _plain(value)) for name, value in report["build"].items() if value not in ("", [])])
     section("op libraries", [(lib["device"], _library_line(lib)) for lib in report["libraries"]])
     section("ops", [(f"{op['op']} ({op['device']})", _op_line(op)) for op in report["ops"]])
+    runner = report["decode_runner"]
+    section("decode runner", [("by default", f"{'on' if runner['on_by_default'] else 'off'}: {runner['why']}")])
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for problem in report["problems"]:
