@@ -226,9 +226,9 @@ class BeatsEncoder(nn.Module):
         hidden = hidden + self.pos_conv[0](hidden)
         if not self.layer_norm_first:
             hidden = self.layer_norm(hidden)
-        position_bias = self.layers[0].self_attn.position_bias(hidden.shape[1]) if len(self.layers) else None
+        position_bias = None  # the first layer's, for all
         for layer in self.layers:
-            hidden = layer(hidden, position_bias, padding_mask)
+            hidden, position_bias = layer(hidden, position_bias, padding_mask)
         return self.layer_norm(hidden) if self.layer_norm_first else hidden
 
 
@@ -269,13 +269,16 @@ class BeatsLayer(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, position_bias: torch.Tensor | None, padding_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The new hidden state, and the position bias [heads, tokens, tokens], which the first layer makes."""
+        if position_bias is None:
+            position_bias = self.self_attn.position_bias(hidden)
         if self.layer_norm_first:
             hidden = hidden + self.self_attn(self.self_attn_layer_norm(hidden), position_bias, padding_mask)
-            return hidden + self.mlp(self.final_layer_norm(hidden))
+            return hidden + self.mlp(self.final_layer_norm(hidden)), position_bias
         attended = self.self_attn(hidden, position_bias, padding_mask)
         hidden = self.self_attn_layer_norm(hidden * self.residual_scale + attended)
-        return self.final_layer_norm(hidden * self.residual_scale + self.mlp(hidden))
+        return self.final_layer_norm(hidden * self.residual_scale + self.mlp(hidden)), position_bias
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden)))
@@ -320,12 +323,11 @@ class BeatsAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out_proj(attended.transpose(1, 2).reshape(batch, length, -1))
 
-    def position_bias(self, length: int) -> torch.Tensor | None:
-        """[heads, length, length]: a learned bias per bucket of distance; None for a model without."""
+    def position_bias(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[heads, tokens, tokens]: a learned bias per bucket of distance; None for a model without."""
         if self.relative_attention_bias is None:
             return None
-        device = self.relative_attention_bias.weight.device
-        position = torch.arange(length, device=device)
+        position = torch.arange(hidden.shape[1], device=hidden.device)
         return self.relative_attention_bias(self.bucket(position[None, :] - position[:, None])).permute(2, 0, 1)
 
     def bucket(self, distance: torch.Tensor) -> torch.Tensor:

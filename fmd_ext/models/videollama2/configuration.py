@@ -71,6 +71,8 @@ class _Towers:
             self.vision_config = _VISION_TOWERS[short]()
         elif isinstance(self.vision_config, dict):
             self.vision_config = AutoConfig.for_model(**self.vision_config)
+        if getattr(self.vision_config, "vision_use_head", False):
+            self.vision_config.vision_use_head = False  # no feature passes through SigLIP's pooling head
         if isinstance(self.audio_config, dict):
             self.audio_config = BeatsConfig(**self.audio_config)
         elif self.audio_config is None and self.mm_audio_tower is not None:

@@ -88,10 +88,14 @@ class _GenerationPart(CompleteCheckpoints):
         "BeatsLayer",
         "Bottleneck",
     ]
-    # Tables of position biases that every layer of the official BEATs repeats, and what CLIP once saved.
-    _keys_to_ignore_on_load_unexpected = [*Beats._keys_to_ignore_on_load_unexpected, r"embeddings\.position_ids$"]
-    # SigLIP's pooling head and BEATs' classifier: no feature passes through them.
-    _keys_to_ignore_on_load_missing = [r"vision_tower\.head\.", r"audio_tower\.predictor\."]
+    # SigLIP's pooling head, what CLIP once saved, and the table that every layer of the official BEATs repeats.
+    _keys_to_ignore_on_load_unexpected = [
+        r"vision_tower\.(vision_model\.)?head\.",
+        r"embeddings\.position_ids$",
+        *Beats._keys_to_ignore_on_load_unexpected,
+    ]
+    # BEATs' classifier: no feature passes through it.
+    _keys_to_ignore_on_load_missing = [r"audio_tower\.predictor\."]
     input_modalities = ("video", "audio", "text")
     text_model: type[PreTrainedModel]  # of self.model
 
@@ -180,7 +184,7 @@ def _used(given: torch.Tensor, placeholders: torch.Tensor, each: int, name: str)
 
 def _placed(embeds: torch.Tensor, placeholders: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Features [clips, tokens, hidden] in the place of the placeholders' embeddings, in order."""
-    return embeds.masked_scatter(placeholders[..., None], features.to(embeds.device, embeds.dtype))
+    return embeds.masked_scatter(placeholders[..., None].to(embeds.device), features.to(embeds.device, embeds.dtype))
 
 
 class VideoLlama2Qwen2Model(_TowersMixin, Qwen2Model):
