@@ -172,14 +172,12 @@ def test_a_step_that_cannot_be_captured_is_launched(thinker, monkeypatch, caplog
     handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
     expected = thinker.generate(**inputs, **GREEDY)
     handle.unpatch()
-    layer = thinker.get_decoder().layers[1]
-    hook = layer.register_forward_pre_hook(lambda module, args: None if args[0].sum().item() else None)
-    try:
-        handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
-        with caplog.at_level(logging.WARNING):
-            assert thinker.generate(**inputs, **GREEDY).tolist() == expected.tolist()
-    finally:
-        hook.remove()
+    mlp = thinker.get_decoder().layers[1].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda hidden: forward(hidden) + 0 * hidden.sum().item())
+    handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
+    with caplog.at_level(logging.WARNING):
+        assert thinker.generate(**inputs, **GREEDY).tolist() == expected.tolist()
     assert "without a CUDA graph: the capture failed: aten::_local_scalar_dense reads a value back" in caplog.text
     assert "11 static steps without a CUDA graph: the capture failed" in handle.runner.last
 
@@ -314,6 +312,23 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_not_frozen(thinker, 
     handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
     monkeypatch.setattr(thinker.get_decoder().rotary_emb, "rope_type", rope_type)
     assert handle.runner._refusal(thinker, {}) == f"rotary embedding of type {rope_type!r} changes with the length"
+
+
+def test_hooks_of_the_user_still_run(thinker, monkeypatch):
+    """A replay would run none. Without graphs they run in every step."""
+    inputs, seen = build_inputs([VIDEO_AUDIO]), []
+    mlp = thinker.get_decoder().layers[3].mlp
+    hook = mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    try:
+        handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
+        thinker.generate(**inputs, **GREEDY)
+        assert "static steps" in handle.runner.last and seen == [inputs["input_ids"].shape[1]] + [1] * 11
+        record_steps(monkeypatch)
+        seen.clear()
+        thinker.generate(**inputs, **GREEDY)
+        assert "layers.3.mlp has a forward hook" in handle.runner.last and len(seen) == 12
+    finally:
+        hook.remove()
 
 
 def test_on_the_cpu_it_is_off_unless_asked_for(thinker, caplog):

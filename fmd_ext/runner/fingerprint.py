@@ -9,20 +9,31 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 PLAIN = (bool, int, float, str, type(None))
+LIBRARIES = ("fmd_ext.", "transformers.", "accelerate.")  # whose hooks are no reason not to replay
+OWN = set(nn.Module().__dict__)  # what every module has; of that, what matters is read by name
 
 
-def fingerprint(model: nn.Module) -> int:
+def fingerprint(*parts: nn.Module) -> int:
     """Changes when weights move or are replaced, modules come or go, or a plain setting of a module changes.
 
     A graph replays what it was captured from, whatever becomes of the model. Adapters (LoRA) switched on, merged or
     scaled, a model moved, a layer replaced: all show here. Weights changed in place do not, and need not.
     """
     seen = []
-    for module in model.modules():
+    for module in (module for part in parts for module in part.modules()):
         seen.append((id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)))
         seen.extend((name, id(tensor), _address(tensor), tensor.dtype) for name, tensor in _tensors(module))
-        seen.extend((name, _plain(value)) for name, value in module.__dict__.items() if not name.startswith("_fmd"))
+        seen.extend((n, _plain(v)) for n, v in module.__dict__.items() if n not in OWN and not n.startswith("_fmd"))
     return hash(tuple(seen))
+
+
+def hooked(part: nn.Module) -> str:
+    """The first module of ``part`` with a forward hook of the user's, which no replay would run; "" without any."""
+    for name, module in part.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not (getattr(hook, "__module__", None) or "").startswith(LIBRARIES):
+                return name or type(module).__name__
+    return ""
 
 
 def _tensors(module: nn.Module) -> Any:

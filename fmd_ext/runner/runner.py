@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from fmd_ext.decoder import check_length
 from fmd_ext.session import Session
 
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, hooked
 from .loop import StaticLoop
 from .step import StaticStep, StepInputs
 
@@ -102,6 +102,8 @@ class DecodeRunner:
         places = {parameter.device for parameter in self.decoder.parameters()}
         if len(places) != 1:
             return f"the decoder lies on {len(places)} devices"
+        if StaticStep.has_graphs(model.device) and (name := hooked(model)):
+            return f"{name} has a forward hook, which the replay of a graph would not run"
         rope = getattr(self.decoder.rotary_emb, "rope_type", "default")
         if not isinstance(rope, str) or rope in ("dynamic", "longrope"):
             return f"rotary embedding of type {rope!r} changes with the length"
@@ -138,7 +140,7 @@ class DecodeRunner:
         key = (
             (state.batch, state.fork_layers, tuple(state.phase), tuple(table.num_slots for table in tables)),
             (inputs.key, self.session.config),
-            fingerprint(model),
+            fingerprint(self.decoder, model.get_output_embeddings()),
         )
         step = self._steps.pop(key, None) or StaticStep(model, self.session, state, tables)
         state.move(*tables, step.pools)
