@@ -119,11 +119,12 @@ def fading_depths(layers: torch.Tensor) -> torch.Tensor:
 
 
 def alphas_of(layers: torch.Tensor) -> torch.Tensor:
-    """float32 [batch, 2], ``S[own branch] / (S[own branch] + S[other branch])`` per modality, S summed over layers.
+    """float32 [batch, 2], ``(1 + r) / 2`` with ``r = S[own branch] / (S[own branch] + S[other branch])`` per modality.
 
-    ``layers``: shares [layers, batch, 2, 2]. 0.5 where nothing is read at all.
+    S is summed over layers. ``layers``: shares [layers, batch, 2, 2]. 0.75 where nothing is read at all.
     """
     total = layers.sum(0)
     own = torch.stack([total[:, 0, 0], total[:, 1, 1]], -1)
     other = torch.stack([total[:, 1, 0], total[:, 0, 1]], -1)
-    return torch.where(own + other > 0, own / (own + other).clamp(min=1e-30), 0.5)
+    read = torch.where(own + other > 0, own / (own + other).clamp(min=1e-30), 0.5)
+    return (1 + read) / 2

@@ -67,7 +67,7 @@ def shares(eager, given, sample, mask_scale=0.0):
 
 def alpha_of(shares, fork_layers):
     total = shares[:fork_layers].sum(0)
-    return [float(total[m, m] / (total[m, m] + total[1 - m, m])) for m in (0, 1)]
+    return [float(1 + total[m, m] / (total[m, m] + total[1 - m, m])) / 2 for m in (0, 1)]
 
 
 def depth_of(shares):
@@ -148,10 +148,10 @@ def test_the_deepest_sample_decides_for_a_batch(model, eager, runner):
     assert tokens[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
 
 
-def test_branches_that_mask_nothing_weigh_the_same(model):
+def test_branches_that_mask_nothing_are_read_alike(model):
     handle = fmd_ext.patch(model, fork_layers=2, alpha="auto", mask_scale=1.0)
     model(**build_inputs([VIDEO_AUDIO]))
-    assert handle.last_plan.home_weights[0, 1:3].tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert handle.last_plan.home_weights[0, 1:3].tolist() == pytest.approx([0.75, 0.75], abs=1e-6)
 
 
 def test_alpha_has_no_effect_with_attention_masking(model):

@@ -50,8 +50,9 @@ def test_a_prompt_that_does_not_fork_gives_no_reading(model):
 
 
 def reading_of(alpha, cluster):
-    """A reading with alpha for both modalities in its first layer, and 0.5 in its second."""
-    first = torch.tensor([[alpha, 1 - alpha], [1 - alpha, alpha]])
+    """A reading with alpha for both modalities in its first layer, and 0.75 in its second."""
+    own = 2 * alpha - 1
+    first = torch.tensor([[own, 1 - own], [1 - own, own]])
     return PromptReading(torch.stack([first, torch.full((2, 2), 0.5)]), cluster)
 
 
@@ -61,8 +62,8 @@ def test_the_estimate_is_the_mean_with_a_clustered_interval():
     assert estimate.alpha == {"visual": 0.8, "audio": 0.8}
     assert (estimate.num_prompts, estimate.num_clusters) == (4, 3)
     assert estimate.low["visual"] < 0.8 < estimate.high["visual"]
-    # Summed over both layers the second pulls towards one half.
-    assert estimate_alpha(readings, 2).alpha["audio"] == pytest.approx((0.8 + 0.5) / 2, abs=1e-3)
+    # Summed over both layers the second pulls towards three quarters.
+    assert estimate_alpha(readings, 2).alpha["audio"] == pytest.approx((0.8 + 0.75) / 2, abs=1e-3)
     with pytest.raises(ValueError, match="no prompt has both"):
         estimate_alpha([], 1)
     with pytest.raises(ValueError, match="must be 1 to 2, which were read; got 3"):

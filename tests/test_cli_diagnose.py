@@ -44,7 +44,7 @@ def test_attention_answers_and_the_prompts_own_choice(folder, capsys):
         assert all(abs(layer["visual"] + layer["audio"] + layer["text"] - 1) < 1e-5 for layer in layers)
     shares = found["fork_shares"]
     own, other = (sum(layer[branch][0] for layer in shares[:2]) for branch in (0, 1))
-    assert f"alpha=auto at 2 layers is visual {own / (own + other):.2f}" in out
+    assert f"alpha=auto at 2 layers is visual {(1 + own / (own + other)) / 2:.2f}" in out
     assert (plots / "attention_per_layer.png").read_bytes().startswith(b"\x89PNG")
 
 
