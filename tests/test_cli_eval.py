@@ -53,6 +53,8 @@ def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
     assert asked == {"avhbench": 6, "music-avqa": 6, "avqa": 3}[benchmark]
     assert {json.loads(line)["method"] for line in predictions} == {"vanilla", "fmd-attention:fork_layers=2"}
     settings = json.loads((tmp_path / "run.json").read_text())
+    methods = json.loads((tmp_path / "methods.json").read_text())
+    assert methods["fmd-attention:fork_layers=2"]["text_weight"] == 0.5  # a default, in force
     assert settings["prompt"] and settings["about"]["versions"]["torch"] and settings["decoding"]["max_new_tokens"] == 3
 
     # Again with one method more: only that one is run. And without model and data: only scored.

@@ -86,6 +86,14 @@ def test_a_folder_of_other_settings_is_refused(results):
     assert results.settings()["about"] == {"torch": "1"}
 
 
+def test_settings_of_a_method_are_recorded_once(results):
+    results.begin_methods({"fmd": {"fork_layers": 2, "alpha": 0.8}})
+    results.begin_methods({"vanilla": {}, "fmd": {"fork_layers": 2, "alpha": 0.8}})
+    assert list(results.methods()) == ["fmd", "vanilla"]
+    with pytest.raises(ResultsError, match="holds predictions of fmd with .*'fork_layers': 2.*, now it means"):
+        results.begin_methods({"fmd": {"fork_layers": 3, "alpha": 0.8}})
+
+
 def test_items_are_kept_with_the_predictions(results):
     (item,) = results.items()
     assert (item.options, item.categories, item.path) == (("x", "y"), {"task": "t"}, None)

@@ -20,6 +20,7 @@ from fmd_ext.cli.ask import DEFAULT_RATES, SMALLEST_FRAME
 from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.cli.scores import show_evaluation, show_speed
+from fmd_ext.config import FMDConfig
 from fmd_ext.eval.benchmarks import BENCHMARKS, DataError, Loaded, load, select
 from fmd_ext.eval.generation import Decoding
 from fmd_ext.eval.methods import METHODS, Choice, parse_methods
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with blaming_input(DataError, ValueError):
         loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
         items = select(loaded.items, limit=args.limit, ids=args.item, categories=args.category)
-        choices = [choice.with_defaults(_method_settings(args)) for choice in parse_methods(args.method)]
+        choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
         decoding = Decoding(args.temperature, args.top_p, args.samples, args.seed, args.max_new_tokens)
         rank, size = rank_and_size()
     if rank == 0:
@@ -76,6 +77,7 @@ def _answer(
     model = load_model(args.model, args.dtype, _device(args.device, size))
     if model.is_random and rank == 0:
         show.note("this model's weights are random: its answers mean nothing")
+    choices = [choice.with_defaults(_given(model.settings)) for choice in choices]
     reading = reading_from(args)
     name = re.sub(r"[^\w.-]+", "-", Path(args.model).name if args.model else "built-in")
     results = Results(args.output or Path("results") / f"{loaded.benchmark.name}-{name}")
@@ -90,10 +92,12 @@ def _answer(
         context_limit=model.context_limit,
     )
     with blaming_input(ResultsError, ValueError, TypeError), notes_from_warnings():
+        in_force = {}
         for choice in choices:  # a setting out of range is found before the first question
-            with choice.applied(model.model):
-                pass
+            with choice.applied(model.model) as settings:
+                in_force[choice.name] = settings
         results.begin(run_settings(args, loaded, model, decoding, reading), loaded.items)
+        results.begin_methods(in_force)
         runner.run(items, batch_size=args.batch_size, rank=rank, size=size, progress=not args.quiet)
     if rank != 0:
         return 0
@@ -111,7 +115,7 @@ def _score(args: argparse.Namespace, results: Results) -> int:
     write_scores(results, evaluation)
     console = Console()
     if not console.is_terminal:  # in a file nothing needs to be squeezed into 80 columns
-        console = Console(width=140)
+        console = Console(width=180)
     show_evaluation(console, evaluation)
     if speed := read_speed(results):
         show_speed(console, speed)
@@ -165,10 +169,9 @@ def run_settings(
     }
 
 
-def _method_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings given as options go to every method that takes them and does not say otherwise."""
-    given = vars(config_from(args))
-    return {name: value for name, value in given.items() if value is not None}
+def _given(config: FMDConfig) -> dict[str, Any]:
+    """Settings given as options, or by the model, go to every method that takes them and does not say otherwise."""
+    return {name: value for name, value in vars(config).items() if value is not None}
 
 
 def _device(device: str, size: int) -> str:

@@ -45,7 +45,7 @@ def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table
     title = "accuracy, % (95 % interval over videos)" if table.category == ALL else f"accuracy by {table.category}, %"
     shown = Table(title=title, title_justify="left")
     for name in ("", "items", "method", "accuracy", f"against {escape(evaluation.baseline)}", "unparsed"):
-        shown.add_column(name, justify="right" if name in ("items", "unparsed") else "left")
+        shown.add_column(name, justify="right" if name in ("items", "unparsed") else "left", no_wrap=name == "method")
     for value, cells in table.rows.items():
         for method, cell in cells.items():
             first = method == evaluation.baseline
@@ -64,7 +64,7 @@ def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table
 def _show_yes_no(console: Console, evaluation: Evaluation) -> None:
     shown = Table(title='questions with "yes" or "no", %', title_justify="left")
     for name in ("", "method", "precision", "recall", "F1", "yes"):
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=name == "method")
     for table in evaluation.tables:
         for value, cells in table.rows.items():
             for method, cell in cells.items():

@@ -1,8 +1,9 @@
 """Predictions on disk: one JSON object per line, appended and synced, so that a killed run loses at most one batch.
 
-A results folder holds ``run.json`` (all that decides the predictions), ``items.json`` (the questions with their
-answers, so that scoring needs neither model nor data), and ``shares/`` with one file per process. A share is a file:
-whoever holds its lock works on it, and all files together are the predictions, whatever number of processes wrote them.
+A results folder holds ``run.json`` and ``methods.json`` (all that decides the predictions), ``items.json`` (the
+questions with their answers, so that scoring needs neither model nor data), and ``shares/`` with one file per process.
+A share is a file: whoever holds its lock works on it, and all files together are the predictions, whatever number of
+processes wrote them.
 """
 
 from __future__ import annotations
@@ -131,8 +132,26 @@ class Results:
         rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
         _create(self.folder / "items.json", json.dumps(rows, ensure_ascii=False))
 
+    def begin_methods(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Records all settings in force of each method, defaults included, or checks that they are the recorded ones.
+
+        Raises ResultsError for a method whose settings were others, as after a change of defaults.
+        """
+        recorded = self.methods()
+        for name, values in json.loads(json.dumps(settings)).items():
+            if recorded.setdefault(name, values) != values:
+                raise ResultsError(
+                    f"{self.folder} holds predictions of {name} with {recorded[name]}, now it means {values}: choose "
+                    "another folder, or name the settings"
+                )
+        write_atomically(self.folder / "methods.json", json.dumps(recorded, indent=2))
+
     def settings(self) -> dict[str, Any]:
         return self._json("run.json")
+
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Method to its settings in force; empty where none were recorded."""
+        return self._json("methods.json") if (self.folder / "methods.json").exists() else {}
 
     def items(self) -> list[Item]:
         """The benchmark's items as they were when the run began."""

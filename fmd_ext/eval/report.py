@@ -72,7 +72,7 @@ def render(results: Results, evaluation: Evaluation) -> str:
             for method, row in evaluation.speed.items()
         ],
         examples=_examples(results, evaluation),
-        settings=json.dumps(settings, indent=2, ensure_ascii=False),
+        settings=json.dumps({**settings, "methods": results.methods()}, indent=2, ensure_ascii=False),
     )
 
 
