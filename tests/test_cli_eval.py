@@ -69,8 +69,8 @@ def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
 
 
 def test_speed_is_measured_apart(fmd, data, tmp_path):
-    run = ["--benchmark", "avqa", "--data", data, "--output", tmp_path, "--limit", "1", "--speed", "1", "--method"]
-    code, out, err = fmd(*run, "vanilla,fmd", *QUICK)
+    run = ["--benchmark", "avqa", "--data", data, "--model", data.parent / "model", "--output", tmp_path]
+    code, out, err = fmd(*run, "--limit", "1", "--speed", "1", "--method", "vanilla,fmd", *QUICK)
     assert code == 0, err
     assert "speed: 1 prompts of about" in out and "32 new ones" in out
     speed = json.loads((tmp_path / "speed.json").read_text())

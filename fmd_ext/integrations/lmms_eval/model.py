@@ -25,10 +25,11 @@ class FMDModel(lmms):
     Args:
         pretrained: folder or hub name; None is the built-in model.
         method: one method as ``fmd-ext eval --method`` takes it, settings by colons.
-        dtype, device: as for ``fmd-ext ask``.
+        dtype, device: as for ``fmd-ext ask``; no device is "auto".
         fps, max_frames: of the clips; with their sound, always.
         interleaved: picture and sound in turn.
-        batch_size: requests at a time. Clips of unequal frame rate or without sound are asked about one by one.
+        batch_size: requests at a time (lmms-eval's --batch_size). Clips of unequal frame rate, or of which some lack
+            sound, are asked about one by one.
         seed: of sampling.
     """
 
@@ -37,7 +38,7 @@ class FMDModel(lmms):
         pretrained: str | None = None,
         method: str = "fmd",
         dtype: str = "auto",
-        device: str = "auto",
+        device: str | None = None,
         fps: float = 2.0,
         max_frames: int = 128,
         interleaved: bool = False,
@@ -51,7 +52,7 @@ class FMDModel(lmms):
             raise TypeError(f"unknown model_args: {', '.join(unknown)}")
         (self._choice,) = parse_methods(method)
         self._rank, self._world_size = rank_and_size()
-        loaded = load_model(pretrained, dtype, None if device is None else str(device))
+        loaded = load_model(pretrained, dtype, str(device or "auto"))
         self._model, self._processor = loaded.model, loaded.processor
         self._rates = {"fps": float(fps), "max_frames": int(max_frames)}
         self._interleaved, self._batch_size, self._seed = bool(interleaved), int(batch_size), int(seed)
