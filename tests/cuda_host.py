@@ -7,6 +7,7 @@ stdin. The driver is compiled again only when a source has changed.
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import hashlib
 import os
 import shutil
@@ -47,11 +48,18 @@ def build_driver() -> Path:
         digest.update(path.name.encode() + path.read_bytes())
     folder = ROOT / "build" / "cuda_host"
     driver = folder / digest.hexdigest()[:16] / "driver"
-    if driver.exists():
-        return driver
-    shutil.rmtree(folder, ignore_errors=True)
-    driver.parent.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the driver: the first builds it, the others wait
+        if not driver.exists():
+            for old in folder.glob("*/"):
+                shutil.rmtree(old)
+            driver.parent.mkdir()
+            _compile(compiler, driver)
+    return driver
 
+
+def _compile(compiler: str, driver: Path) -> None:
     def run(*command):
         said = subprocess.run([compiler, *FLAGS, *map(str, command)], capture_output=True, text=True)
         if said.returncode != 0:
@@ -67,7 +75,6 @@ def build_driver() -> Path:
         objects = list(pool.map(compile_one, sources()))
     run(*SANITIZERS, *objects, "-o", driver.parent / "linked")
     (driver.parent / "linked").rename(driver)
-    return driver
 
 
 @dataclass
