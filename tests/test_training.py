@@ -11,12 +11,13 @@ import torch
 from fmd_ext.chat import prepare_inputs
 from fmd_ext.media import load_clip
 from fmd_ext.synthetic import KINDS, questions_about, split_scenes
-from fmd_ext.trained import bundled_scenes
+from fmd_ext.trained import MODEL, bundled_scenes
 from fmd_ext.training import loop, sampling
 from fmd_ext.training.loop import MIXTURES, Schedule, Trainer, encode_pictures, encode_sounds
 from fmd_ext.training.model import new_model, new_processor, save_model
 from fmd_ext.training.packing import embed_opening, opening_of, pack, packed_hidden
 from fmd_ext.training.pool import Pool, build_pool, mel_of
+from fmd_ext.training.scoring import exact_answers
 
 FEW = {"both": 2, "video": 2, "audio": 1, "compared": 1}
 
@@ -72,6 +73,26 @@ def test_targets_are_the_answers(processor):
         assert packed.ids[row, 1:][place[:-1]].tolist() == answers  # they come next
     assert packed.weights[0][packed.targets[0] >= 0].tolist() == pytest.approx([2**-0.5, 2**-0.5, 1])
     assert not packed.weights[packed.targets < 0].any()
+
+
+def test_exact_answers_are_those_of_generate(processor):
+    """The trained model, on a bundled clip, sentence by sentence."""
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    trained = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(MODEL).eval()
+    path, scene = list(bundled_scenes().items())[5]
+    clip = load_clip(path)
+    pool = Pool(clip.frames[None], mel_of(processor, clip.audio)[None], [scene.seen], [scene.heard])
+    found = exact_answers(trained, processor, pool, [scene])
+    questions = questions_about(scene)
+    assert len(found) == len(questions) and {relation for _, relation, _ in found} == {scene.relation}
+    for question, (task, _, right) in zip(questions, found, strict=True):
+        prompt, answer = question.asked()
+        inputs = prepare_inputs(processor, clip, prompt)
+        ids = trained.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert (processor.tokenizer.decode(ids, skip_special_tokens=True) == answer) == right
+        assert task == f"{question.family}: {question.task}"
+    assert {right for *_, right in found} == {True, False}
 
 
 # --- samples --------------------------------------------------------------------------------------------------------

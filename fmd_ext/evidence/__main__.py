@@ -1,4 +1,7 @@
-"""``python -m fmd_ext.evidence``: chooses settings on validation clips, measures on test clips, writes the page."""
+"""``python -m fmd_ext.evidence``: chooses settings on validation clips, measures on test clips, writes the page.
+
+It needs the extras ``omni``, ``eval`` (scipy) and ``plots`` (matplotlib), and about half an hour on one core.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from fmd_ext import trained
 from fmd_ext.bench.machine import describe
 from fmd_ext.config import FMDConfig
 from fmd_ext.evidence.answers import YesNoQuestions
-from fmd_ext.evidence.measure import attention_before_and_after, choose, measure, measure_text_weights
+from fmd_ext.evidence.measure import attention_before_and_after, choose, measure, measure_tasks, measure_text_weights
 from fmd_ext.evidence.page import write_page
-from fmd_ext.synthetic import split_scenes
+from fmd_ext.synthetic import Scene, split_scenes
 from fmd_ext.synthetic.dataset import BALANCED
-from fmd_ext.training.pool import build_pool
+from fmd_ext.training.pool import Pool, build_pool
 
 PROMPTS = 100  # for the attention shares
 
@@ -45,16 +48,18 @@ def collect(work: Path, val_clips: int, test_clips: int) -> dict:
     processor = transformers.AutoProcessor.from_pretrained(trained.MODEL)
     model = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(trained.MODEL).eval()
 
-    def questions(split: str, clips: int) -> YesNoQuestions:
+    def clips_of(split: str, clips: int) -> tuple[Pool, list[Scene]]:
         scenes = split_scenes(split, clips, BALANCED)
-        return YesNoQuestions(model, processor, build_pool(work / split, processor, scenes), scenes)
+        return build_pool(work / split, processor, scenes), scenes
 
-    chosen = choose(questions("val", val_clips), model)
-    test = questions("test", test_clips)
+    chosen = choose(YesNoQuestions(model, processor, *clips_of("val", val_clips)), model)
+    pool, scenes = clips_of("test", test_clips)
+    test = YesNoQuestions(model, processor, pool, scenes)
     settings = [chosen[masking]["settings"] for masking in ("zero", "attention")]
     return {
         "chosen": chosen,
         "test": measure(test, model, chosen),
+        "tasks": measure_tasks(model, processor, pool, scenes),
         "text_weight": measure_text_weights(test, model),
         "attention": attention_before_and_after(test, model, settings, PROMPTS),
         "layers": model.config.get_text_config().num_hidden_layers,

@@ -17,8 +17,11 @@ import fmd_ext
 from fmd_ext.diagnose import AttentionShare, attention_share
 from fmd_ext.eval.statistics import compare, holm, proportion
 from fmd_ext.evidence.answers import Item, YesNoQuestions, scores
+from fmd_ext.synthetic import Scene
 from fmd_ext.synthetic.questions import AUDIO_TASK, MATCHING_TASK, VIDEO_TASK
 from fmd_ext.synthetic.scenes import RELATIONS
+from fmd_ext.training.pool import Pool
+from fmd_ext.training.scoring import exact_answers
 
 TASKS = (AUDIO_TASK, VIDEO_TASK, MATCHING_TASK)
 DISAGREEING = ", disagreeing clips"
@@ -108,6 +111,17 @@ def measure(questions: YesNoQuestions, model: nn.Module, chosen: dict[str, Any])
         "comparisons": _comparisons(items, vanilla, best, clips),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def measure_tasks(model: nn.Module, processor: Any, pool: Pool, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
+    """What the unpatched model reaches on every sort of question, exactly answered, where picture and sound agree."""
+    table: dict[tuple[str, bool], list[bool]] = {}
+    for task, relation, right in exact_answers(model, processor, pool, scenes):
+        table.setdefault((task, relation == "matched"), []).append(right)
+    return [
+        {"task": task, "agreeing": agreeing, "accuracy": round(float(np.mean(right)), 4), "items": len(right)}
+        for (task, agreeing), right in sorted(table.items())
+    ]
 
 
 def _soft_bases(chosen: dict[str, Any]) -> list[Settings]:

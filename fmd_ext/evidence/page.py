@@ -156,7 +156,18 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
     yield from _by_relation(test["relations"]["vanilla"])
     yes = ", ".join(f"{SHORT[task]} {test['says_yes'][task]:.0%} ({test['yes'][task]:.0%})" for task in TASKS)
     yield from ("", f"How often it says yes, and in brackets how often that is right: {yes}.", "")
-    yield from ("## What fork-merge decoding changes", "")
+    yield (
+        "Every sort of question, the share that greedy decoding answers to the letter, vanilla. Audio-Visual Location "
+        "knows two answers, left and right: 50 % there is chance."
+    )
+    yield ""
+    yield from _header(["", "picture and sound agree", "they do not"])
+    for task in dict.fromkeys(row["task"] for row in found["tasks"]):
+        cells = {
+            row["agreeing"]: f"{row['accuracy']:.1%} of {row['items']}" for row in found["tasks"] if row["task"] == task
+        }
+        yield _row([task, cells.get(True, ""), cells.get(False, "")])
+    yield from ("", "## What fork-merge decoding changes", "")
     yield (
         f"Settings were chosen on {chosen['clips']} validation clips, by the mean accuracy of the three tasks (vanilla "
         f"reaches {chosen['vanilla']:.1%}): " + "; ".join(_choice(chosen, masking) for masking in MASKINGS) + "."

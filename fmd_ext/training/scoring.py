@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,31 @@ def yes_no_accuracy(model: nn.Module, processor: Any, pool: Pool, scenes: list[S
     for (task, relation), values in sorted(right.items()):
         table[task][relation] = round(float(np.mean(values)), 4)
     return dict(table)
+
+
+@torch.no_grad()
+def exact_answers(
+    model: nn.Module, processor: Any, pool: Pool, scenes: Sequence[Scene], instructed: bool = False
+) -> list[tuple[str, str, bool]]:
+    """Task, relation and whether greedy decoding gives the very answer, of every question about ``scenes``.
+
+    An answer is right when each of its tokens, its end among them, is the likeliest after those before it. The model
+    must not be patched; ``instructed`` as in `Question.asked`.
+    """
+    opening, end = openings(model, processor, pool)["both"], model.generation_config.eos_token_id
+    found: list[tuple[str, str, bool]] = []
+    for start in range(0, len(scenes), BATCH):
+        batch = scenes[start : start + BATCH]
+        asked = [[(question, *question.asked(instructed)) for question in questions_about(scene)] for scene in batch]
+        tokens = processor.tokenizer
+        texts = [[(tokens(p)["input_ids"], [*tokens(a)["input_ids"], end]) for _, p, a in clip] for clip in asked]
+        packed = pack(opening, texts)
+        video = encode_pictures(model, processor, pool.frames[start : start + len(batch)])
+        audio = encode_sounds(model, pool.mels[start : start + len(batch)].astype(np.float32))
+        hidden = packed_hidden(model, opening, embed_opening(model, opening, video, audio), packed)
+        hits = model.get_output_embeddings()(hidden).argmax(-1) == packed.targets
+        for row, (scene, clip) in enumerate(zip(batch, asked, strict=True)):
+            for place, (question, _, _), (_, answer) in zip(packed.places[row], clip, texts[row], strict=True):
+                right = bool(hits[row, place : place + len(answer)].all())
+                found.append((f"{question.family}: {question.task}", scene.relation, right))
+    return found
