@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 _FOLDER = Path(__file__).parent / "lib"
 _ISA_VARIABLE = "FMD_EXT_CPU_ISA"
+_PREFILL_VARIABLE = "FMD_EXT_CUDA_PREFILL"
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,26 @@ class Library:
 
 _libraries: dict[str, Library] = {}
 _cpu: ctypes.CDLL | None = None
+_cuda: ctypes.CDLL | None = None
 
 
 def load() -> dict[str, Library]:
     """Loads the op libraries once and returns what became of each, by device ("cpu", "cuda").
 
     The environment variable `FMD_EXT_CPU_ISA` (auto, baseline, avx2, avx512) chooses the instruction set of the CPU
-    kernels.
+    kernels, `FMD_EXT_CUDA_PREFILL` (auto, sm80, sm90) the CUDA kernel of `branched_prefill`.
 
     Raises:
         ImportError: the CPU library is missing or does not load, or the CUDA library is there and does not load.
-        ValueError: `FMD_EXT_CPU_ISA` is unknown or names an instruction set that this CPU lacks.
+        ValueError: `FMD_EXT_CPU_ISA` is unknown or names an instruction set that this CPU lacks, or
+            `FMD_EXT_CUDA_PREFILL` is unknown.
     """
-    global _cpu
+    global _cpu, _cuda
     if _libraries:
         return dict(_libraries)
     found = {"cpu": _load("cpu")}
-    cpu = ctypes.CDLL(str(found["cpu"].path))
-    for name in ("fmd_ext_cpu_isa", "fmd_ext_cpu_isas", "fmd_ext_select_cpu_isa"):
-        getattr(cpu, name).restype = ctypes.c_char_p
-    cpu.fmd_ext_select_cpu_isa.argtypes = [ctypes.c_char_p]
-    _cpu = cpu
-    try:
-        select_cpu_isa(os.environ.get(_ISA_VARIABLE) or "auto")
-    except ValueError as error:
-        raise ValueError(f"environment variable {_ISA_VARIABLE}: {error}") from None
+    _cpu = _functions(found["cpu"].path, "fmd_ext_select_cpu_isa", "fmd_ext_cpu_isa", "fmd_ext_cpu_isas")
+    _select_from(_ISA_VARIABLE, select_cpu_isa)
 
     cuda = _FOLDER / "libfmd_ext_cuda.so"
     if not cuda.exists():
@@ -62,6 +59,8 @@ def load() -> dict[str, Library]:
         found["cuda"] = Library("cuda", cuda, False, f"torch {torch.__version__} was built without CUDA")
     else:
         found["cuda"] = _load("cuda")
+        _cuda = _functions(cuda, "fmd_ext_select_cuda_prefill", "fmd_ext_cuda_prefill")
+        _select_from(_PREFILL_VARIABLE, select_cuda_prefill)
     _libraries.update(found)
     return dict(_libraries)
 
@@ -80,6 +79,22 @@ def _load(device: str) -> Library:
             f"the op library {path} does not load into torch {torch.__version__} (2.10 or newer is needed): {error}"
         ) from error
     return Library(device, path, True)
+
+
+def _functions(path: Path, select: str, *getters: str) -> ctypes.CDLL:
+    """The C functions of a loaded library: `select` takes a name and returns a reason or None, getters return text."""
+    library = ctypes.CDLL(str(path))
+    for name in (select, *getters):
+        getattr(library, name).restype = ctypes.c_char_p
+    getattr(library, select).argtypes = [ctypes.c_char_p]
+    return library
+
+
+def _select_from(variable: str, select: Callable[[str], None]) -> None:
+    try:
+        select(os.environ.get(variable) or "auto")
+    except ValueError as error:
+        raise ValueError(f"environment variable {variable}: {error}") from None
 
 
 def cpu_isa() -> str:
@@ -103,5 +118,26 @@ def select_cpu_isa(name: str) -> None:
     if _cpu is None:
         load()
     reason = _cpu.fmd_ext_select_cpu_isa(name.encode())
+    if reason is not None:
+        raise ValueError(reason.decode())
+
+
+def cuda_prefill() -> str | None:
+    """The CUDA kernel that `branched_prefill` uses, "sm80" or "sm90"; None without the CUDA library."""
+    load()
+    return None if _cuda is None else _cuda.fmd_ext_cuda_prefill().decode()
+
+
+def select_cuda_prefill(name: str) -> None:
+    """Makes `branched_prefill` of this process use a CUDA kernel: "sm80" (any device), "sm90" (compute capability 9.0;
+    elsewhere a prefill then raises RuntimeError) or "auto", which is sm80 until sm90 has passed its tests on a device.
+
+    Raises:
+        ValueError: unknown.
+        RuntimeError: the CUDA library is not loaded.
+    """
+    if _cuda is None:
+        raise RuntimeError(f"there is no CUDA kernel to choose: {load()['cuda'].reason}")
+    reason = _cuda.fmd_ext_select_cuda_prefill(name.encode())
     if reason is not None:
         raise ValueError(reason.decode())

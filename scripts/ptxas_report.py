@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Compiles the CUDA kernels and prints what ptxas says of each: registers, spills, stack. Fails where one spills.
+"""Compiles the CUDA kernels and prints what ptxas says of each: registers, spills, stack. Fails where one spills, or
+where ptxas takes the overlap out of warpgroup products ("serialized").
 
 Usage: scripts/ptxas_report.py [ARCH ...], by default the architectures of CMakeLists.txt. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -29,9 +31,18 @@ def find_nvcc() -> str:
     return path
 
 
-def architectures() -> list[str]:
-    found = re.search(r"set\(FMD_CUDA_ARCHITECTURES ([^)]+)\)", (ROOT / "CMakeLists.txt").read_text())
-    return [name.split("-")[0] for name in found[1].split()]
+def cmake_list(name: str) -> list[str]:
+    return re.search(rf"set\({name} ([^)]+)\)", (ROOT / "CMakeLists.txt").read_text())[1].split()
+
+
+def sources(architectures: list[str]) -> list[tuple[str, Path]]:
+    """(architecture, source) of all kernels, as CMakeLists.txt builds them."""
+    built = [name.split("-")[0] for name in cmake_list("FMD_CUDA_ARCHITECTURES")]
+    files = [name for name in cmake_list("FMD_CUDA_SOURCES") if name.endswith(".cu")]
+    pairs = [(architecture, ROOT / name) for architecture in architectures or built for name in sorted(files)]
+    if not architectures or "90a" in architectures:
+        pairs += [("90a", ROOT / name) for name in cmake_list("FMD_CUDA_SM90_SOURCES")]
+    return pairs
 
 
 def kernel_name(mangled: str) -> str:
@@ -46,13 +57,18 @@ def kernel_name(mangled: str) -> str:
 
 
 def report(nvcc: str, source: Path, architecture: str) -> list[tuple[str, int, int, int]]:
-    """(kernel, registers, spilled bytes, stack bytes) of every kernel in a source."""
+    """(kernel, registers, spilled bytes, stack bytes) of every kernel in a source.
+
+    Raises SystemExit where it does not compile, or not as it is meant.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-arch=sm_{architecture}"]
         command += ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc" / "include")]
         said = subprocess.run([*command, source, "-o", f"{folder}/x.cubin"], capture_output=True, text=True)
     if said.returncode != 0:
         raise SystemExit(f"fmd_ext: {source.name} does not compile for sm_{architecture}:\n{said.stderr}")
+    if "serialized" in said.stderr:
+        raise SystemExit(f"fmd_ext: ptxas serializes products in {source.name}:\n{said.stderr}")
     kernels = []
     for part in said.stderr.split("Compiling entry function '")[1:]:
         stack, stores, loads = map(
@@ -69,9 +85,11 @@ def main() -> int:
     nvcc = find_nvcc()
     spilling = 0
     print(f"{'arch':5} {'kernel':54} {'registers':>9} {'spills':>7} {'stack':>6}   (bytes per thread)")
-    for architecture in sys.argv[1:] or architectures():
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            for kernel, registers, spills, stack in report(nvcc, source, architecture):
+    pairs = sources(sys.argv[1:])
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        reports = pool.map(lambda pair: report(nvcc, pair[1], pair[0]), pairs)
+        for (architecture, _), kernels in zip(pairs, reports, strict=True):
+            for kernel, registers, spills, stack in kernels:
                 print(f"{architecture:5} {kernel:54} {registers:9} {spills:7} {stack:6}", flush=True)
                 spilling += spills > 0
     if spilling:

@@ -28,53 +28,59 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 INSTRUMENTED, PLAIN = ["-O1", *SANITIZERS], ["-O2"]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, MERGE_NORM, END = 0, 1, 2, 3, 4, 5, 6, -1
+FAULT_SM90, FRAGMENTS = 7, 8
 
 
 def sources() -> list[tuple[Path, list[str]]]:
     """Sources with their flags, the ones that take longest first."""
     cuda = ROOT / "csrc" / "cuda"
     kernels = sorted(cuda.glob("*.cu"), key=lambda path: -path.with_suffix(".cuh").stat().st_size)
-    instrumented = [ROOT / "tests" / "csrc" / "cuda_host_driver.cpp", *kernels]
+    instrumented = [*kernels, *sorted((ROOT / "tests" / "csrc").glob("*.cpp"))]
     plain = sorted((cuda / "intrinsics").glob("*.cpp"))
     return [(path, INSTRUMENTED) for path in instrumented] + [(path, PLAIN) for path in plain]
 
 
 def build_driver() -> Path:
-    """Path of the driver program, compiled if need be (half a minute on two cores)."""
-    compiler = os.environ.get("CXX") or "c++"
-    included = [p for folder in ("cuda", "include") for p in (ROOT / "csrc" / folder).rglob("*") if p.is_file()]
-    digest = hashlib.sha256(repr((compiler, FLAGS, INSTRUMENTED, PLAIN)).encode())
-    for path in sorted({*included, *(path for path, _ in sources())}):
-        digest.update(path.name.encode() + path.read_bytes())
+    """Path of the driver program; what has not changed is not compiled again (all: half a minute on two cores)."""
     folder = ROOT / "build" / "cuda_host"
-    driver = folder / digest.hexdigest()[:16] / "driver"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the driver: the first builds it, the others wait
-        if not driver.exists():
-            for old in folder.glob("*/"):
-                shutil.rmtree(old)
-            driver.parent.mkdir()
-            _compile(compiler, driver)
-    return driver
+        return _compile(os.environ.get("CXX") or "c++", folder)
 
 
-def _compile(compiler: str, driver: Path) -> None:
-    def run(*command):
-        said = subprocess.run([compiler, *FLAGS, *map(str, command)], capture_output=True, text=True)
-        if said.returncode != 0:
-            raise RuntimeError(f"{' '.join(map(str, command))}:\n{said.stderr}")
+def _compile(compiler: str, folder: Path) -> Path:
+    """The driver in `folder`, which keeps the objects of this state of the sources and no others."""
+    folders = [ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", ROOT / "tests" / "csrc"]
+    headers = {path for folder in folders for path in folder.rglob("*.*h") if path.is_file()}
+    headers_digest = hashlib.sha256(compiler.encode())
+    for path in sorted(headers):
+        headers_digest.update(path.name.encode() + path.read_bytes())
+
+    def build(target, *command):
+        # Under another name first: an interrupted build leaves nothing that looks whole.
+        if not target.exists():
+            part = target.with_suffix(".part")
+            said = subprocess.run([compiler, *FLAGS, *map(str, command), "-o", part], capture_output=True, text=True)
+            if said.returncode != 0:
+                raise RuntimeError(f"{' '.join(map(str, command))}:\n{said.stderr}")
+            part.rename(target)
+        return target
 
     def compile_one(source_and_flags):
         source, flags = source_and_flags
-        target = driver.parent / f"{source.name}.o"
-        run(*flags, "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include", "-x", "c++", "-c", source, "-o", target)
-        return target
+        digest = headers_digest.copy()
+        digest.update(repr((FLAGS, flags)).encode() + source.read_bytes())
+        target = folder / f"{source.name}-{digest.hexdigest()[:16]}.o"
+        return build(target, *flags, "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include", "-x", "c++", "-c", source)
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compile_one, sources()))
-    run(*SANITIZERS, *objects, "-o", driver.parent / "linked")
-    (driver.parent / "linked").rename(driver)
+    linked = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    driver = build(folder / f"driver-{linked}.bin", *SANITIZERS, *objects)
+    for path in set(folder.iterdir()) - {driver, folder / "lock", *objects}:
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    return driver
 
 
 @dataclass
@@ -108,8 +114,12 @@ class Calls:
         self._numbers(kind, seed, multiprocessors)
         self.results.append(list(results))
 
-    def attention(self, case, decode=False, return_lse=True, seed=0, multiprocessors=2, head_distance=0):
-        """(out, lse), as the op gives them. head_distance: puts the heads of k and v that many elements apart."""
+    def attention(self, case, decode=False, return_lse=True, seed=0, multiprocessors=2, head_distance=0, kernel=80):
+        """(out, lse), as the op gives them.
+
+        head_distance: puts the heads of k and v that many elements apart. kernel: for prefill, 80 or 90; -90 for
+        the latter on a device that cannot run it.
+        """
         num_rows, num_qo_heads, head_dim = case.q.shape
         # What no kernel writes stays NaN.
         out = torch.full(case.q.shape, float("nan"), dtype=case.q.dtype)
@@ -123,7 +133,7 @@ class Calls:
             self._strided(tensor, *dims)
         for tensor in (case.qo_rows, case.cu_seqlens_q, case.segments, out, lse):
             self._array(tensor)
-        self._numbers(return_lse, head_distance)
+        self._numbers(return_lse, head_distance, kernel)
 
     def append(self, k_pool, v_pool, k, v, slots, seed=0):
         """The memory of k_pool and v_pool afterwards; both must be contiguous."""
@@ -163,10 +173,27 @@ class Calls:
         for tensor in (away_rows, weights, norm_weight, out):
             self._array(tensor)
 
-    def fault(self, which, seed=0):
-        """A kernel with one mistake (0: none), see the driver; the right result is 32 ones."""
-        self._call(FAULT, seed, 2, torch.empty(32))
+    def fault(self, which, seed=0, sm90=False):
+        """A kernel with one mistake (0: none), see cuda_host_small.cpp; the right result is 32 ones."""
+        self._call(FAULT_SM90 if sm90 else FAULT, seed, 2, torch.empty(32))
         self._numbers(which)
+
+    def fragments(self, instruction, numbers, image=None, a=None, b=None, places=(0, 0, 0, 0), seed=0):
+        """float32 [128, numbers]: what each thread holds after one instruction, see cuda_host_small.cpp.
+
+        image: bfloat16, shared memory. a, b: int32 [128, 4] and [128, 2], words of each thread. places: the first
+        bytes of both matrices in the image, and the leading and stride bytes of their descriptors.
+        """
+        result = torch.full((128, numbers), float("nan"))
+        self._call(FRAGMENTS, seed, 2, result)
+        self._numbers(instruction, *places)
+        image = torch.zeros(256, dtype=torch.bfloat16) if image is None else image
+        for tensor, words in ((a, 4), (b, 2)):
+            assert tensor is None or (tensor.shape, tensor.dtype) == ((128, words), torch.int32)
+        self._array(image)
+        self._array(torch.zeros(128, 4, dtype=torch.int32) if a is None else a)
+        self._array(torch.zeros(128, 2, dtype=torch.int32) if b is None else b)
+        self._array(result)
 
     def start(self) -> subprocess.CompletedProcess:
         self._numbers(END)

@@ -32,6 +32,7 @@ def test_no_kernel_spills_registers():
                     architecture,
                     name,
                 )
+    assert sum(arch == "90a" and rest.startswith("sm90_branched_prefill_kernel<") for arch, rest in kernels) == 4
 
 
 @needs_nvcc
@@ -51,8 +52,18 @@ def test_a_spill_is_seen(tmp_path):
     assert registers <= 32 and spills > 0 and stack > 0
 
 
-def registered_ops(library, folder):
-    """The ops with an implementation for the CPU and for CUDA, seen by the torch that is installed.
+LOAD_FOR_CUDA = """
+import sys, ctypes, torch
+from fmd_ext import _library
+_library.load()
+if torch.version.cuda is None:
+    ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+    torch.ops.load_library(sys.argv[2])
+"""
+
+
+def said_with_cuda_library(code, folder):
+    """What a program prints that begins with LOAD_FOR_CUDA.
 
     A torch without CUDA has no libtorch_cuda.so, from which the library needs one function: a stub takes its place.
     """
@@ -61,24 +72,38 @@ def registered_ops(library, folder):
     source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n')
     compiler = os.environ.get("CXX") or "c++"
     subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub], check=True)
-    code = (
-        "import sys, ctypes, torch\n"
-        "from fmd_ext import _library\n"
-        "_library.load()\n"
-        "if torch.version.cuda is None:\n"
-        "    ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"
-        "    torch.ops.load_library(sys.argv[2])\n"
+    said = subprocess.run([sys.executable, "-c", code, stub, LIBRARY], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return said.stdout
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="this installation was built without the CUDA op library")
+def test_the_library_implements_all_ops(tmp_path):
+    code = LOAD_FOR_CUDA + (
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('fmd_ext::')]\n"
         "for device in ('CPU', 'CUDA'):\n"
         "    print(*sorted(name for name in names if has(name, device)))\n"
     )
-    said = subprocess.run([sys.executable, "-c", code, stub, library], capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    return [line.split() for line in said.stdout.splitlines()]
+    for_cpu, for_cuda = (line.split() for line in said_with_cuda_library(code, tmp_path).splitlines())
+    assert for_cuda == for_cpu == [f"fmd_ext::{name}" for name in sorted(ops.__all__)]
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="this installation was built without the CUDA op library")
-def test_the_library_implements_all_ops(tmp_path):
-    for_cpu, for_cuda = registered_ops(LIBRARY, tmp_path)
-    assert for_cuda == for_cpu == [f"fmd_ext::{name}" for name in sorted(ops.__all__)]
+def test_the_prefill_kernel_can_be_chosen(tmp_path):
+    """sm90 only where it is asked for: it has not passed its tests on a device."""
+    code = LOAD_FOR_CUDA + (
+        "_library._cuda = _library._functions(sys.argv[2], 'fmd_ext_select_cuda_prefill', 'fmd_ext_cuda_prefill')\n"
+        "for name in ('auto', 'sm90', 'sm80', 'sm70'):\n"
+        "    try:\n"
+        "        _library.select_cuda_prefill(name)\n"
+        "        print(_library.cuda_prefill())\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    assert said_with_cuda_library(code, tmp_path).splitlines() == [
+        "sm80",
+        "sm90",
+        "sm80",
+        "unknown CUDA prefill kernel 'sm70'; accepted: auto, sm80, sm90",
+    ]

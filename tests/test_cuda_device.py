@@ -51,7 +51,30 @@ def on_host(result):
     return tuple(tensor.cpu() for tensor in result)
 
 
-both_ops = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+# Decode, and prefill with each of its kernels.
+both_ops = pytest.mark.parametrize(
+    "decode,prefill_kernel",
+    [(False, "sm80"), (False, "sm90"), (True, None)],
+    ids=["prefill", "prefill_sm90", "decode"],
+    indirect=["prefill_kernel"],
+)
+both_prefills = pytest.mark.parametrize("prefill_kernel", ["sm80", "sm90"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def prefill_kernel(request):
+    """Chooses the kernel of prefill, where a test asks for one; skips where the device cannot run it."""
+    name = getattr(request, "param", None)
+    if name is None:
+        yield
+        return
+    capability = torch.cuda.get_device_capability()
+    if name == "sm90" and capability != (9, 0):
+        pytest.skip(f"compute capability {capability[0]}.{capability[1]}: the prefill kernel sm90 did not run on one")
+    previous = _library.cuda_prefill()
+    _library.select_cuda_prefill(name)
+    yield
+    _library.select_cuda_prefill(previous)
 
 
 @both_ops
@@ -70,6 +93,7 @@ def test_scale(decode, scale):
     assert_attention(on_host(attend(to_device(case), decode)), expected(case), expected(case, torch.float16))
 
 
+@both_prefills
 def test_long_prefill():
     """Branches of 3,000 queries over a prefix: several waves of blocks."""
     case = make_case([Group(2500, 2600, 300), Group(3001, 3001, 300)], (14, 2), 128, torch.bfloat16)
@@ -166,6 +190,7 @@ def test_a_device_that_is_not_current(decode):
     assert_attention(on_host(result), want, plain)
 
 
+@both_prefills
 def test_offsets_beyond_2_to_the_31():
     """The second kv head lies 2^31 elements and more into the pool."""
     num_slots, dim = 2**31 // 128 + 512, 128

@@ -92,3 +92,10 @@ def test_a_library_of_other_sources_is_named(monkeypatch):
     monkeypatch.setattr(torch.ops, "fmd_ext", types.SimpleNamespace())
     with pytest.raises(ImportError, match=r"libfmd_ext_cpu\.so was built from other sources .* build it again"):
         importlib.reload(ops)
+
+
+@pytest.mark.skipif(_library.load()["cuda"].loaded, reason="the CUDA library is loaded: there is a kernel to choose")
+def test_no_cuda_kernel_to_choose():
+    assert _library.cuda_prefill() is None
+    with pytest.raises(RuntimeError, match="there is no CUDA kernel to choose: (this installation|torch)"):
+        _library.select_cuda_prefill("sm90")

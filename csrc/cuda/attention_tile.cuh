@@ -113,8 +113,10 @@ struct RowState {
     }
   }
 
-  // scores become weights relative to the new maximum; what was summed so far follows.
-  FMD_DEVICE void weigh(Scores& scores, float scale_log2) {
+  // scores become weights relative to the new maximum. follow(r, half, factor): what `out` summed up so far for these
+  // rows takes this factor; said row by row, because few registers are left for factors.
+  template <typename Follow>
+  FMD_DEVICE void weigh(Scores& scores, float scale_log2, Follow follow) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -127,7 +129,7 @@ struct RowState {
         largest = max_of_row(largest);
         // No key seen yet: any finite number does, exp2 of -infinity is 0.
         const float offset = largest == negative_infinity() ? 0.0f : largest * scale_log2;
-        const float rescale = exp2_fast(maximum[r][half] * scale_log2 - offset);
+        const float factor = exp2_fast(maximum[r][half] * scale_log2 - offset);
         maximum[r][half] = largest;
         float total = 0.0f;
 #pragma unroll
@@ -139,13 +141,26 @@ struct RowState {
             total += weight;
           }
         }
-        sum[r][half] = sum[r][half] * rescale + total;
-#pragma unroll
-        for (int d = 0; d < kDim / 8; ++d) {
-          out[r][d][2 * half] *= rescale;
-          out[r][d][2 * half + 1] *= rescale;
-        }
+        sum[r][half] = sum[r][half] * factor + total;
+        follow(r, half, factor);
       }
+    }
+  }
+
+  FMD_DEVICE void rescale(int r, int half, float factor) {
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+      out[r][d][2 * half] *= factor;
+      out[r][d][2 * half + 1] *= factor;
+    }
+  }
+
+  // Two neighbouring C fragments of weights, of keys 16 * step and on, as one A fragment.
+  FMD_DEVICE static void fragment_of(uint32_t (&fragment)[4], const float (&weights)[kKeys / 8][4], int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = &weights[2 * step + i / 2][i % 2 * 2];
+      fragment[i] = pack<T>(pair[0], pair[1]);
     }
   }
 
@@ -154,15 +169,9 @@ struct RowState {
     const SharedAddress v_row = rows_address<kDim>(v_tile);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      uint32_t w[kRowTiles][4];  // two neighbouring C fragments are one A fragment
+      uint32_t w[kRowTiles][4];
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = &weights[r][2 * step + i / 2][i % 2 * 2];
-          w[r][i] = pack<T>(pair[0], pair[1]);
-        }
-      }
+      for (int r = 0; r < kRowTiles; ++r) fragment_of(w[r], weights[r], step);
 #pragma unroll
       for (int d = 0; d < kDim / 8; d += 2) {
         uint32_t v[4];  // two B fragments: eight dims each
@@ -183,6 +192,13 @@ struct RowState {
 #pragma unroll
       for (int half = 0; half < 2; ++half) sum[r][half] = sum_of_row(sum[r][half]);
     }
+  }
+
+  // After finish(). 0 and -infinity for a row that saw no key.
+  FMD_DEVICE float inverse_sum(int r, int half) const { return sum[r][half] == 0.0f ? 0.0f : 1.0f / sum[r][half]; }
+  FMD_DEVICE float lse(int r, int half, float scale_log2) const {
+    if (sum[r][half] == 0.0f) return negative_infinity();
+    return maximum[r][half] * scale_log2 * kLn2 + log_accurate(sum[r][half]);
   }
 };
 

@@ -213,7 +213,7 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
         }
       }
     }
-    state.weigh(scores, scale.log2);
+    state.weigh(scores, scale.log2, [&](int r, int half, float factor) { state.rescale(r, half, factor); });
     state.accumulate(scores, k_tile + Shape::kTileElements);
   }
   state.finish();

@@ -1,30 +1,67 @@
-#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/branched_prefill.cuh"
 #include "cuda/clear.h"
-#include "cuda/dispatch.h"
+#include "cuda/prefill_kernels.h"
 #include "fmd/launch.h"
 
 namespace fmd {
+namespace cuda {
+namespace {
 
-void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream) {
-  using namespace cuda;
-  const char* name = "branched_prefill";
-  dispatch_attention(name, params.dtype, params.head_dim, [&](auto instance) {
+enum class Choice { kAuto, kSm80, kSm90 };
+constexpr const char* kChoices[] = {"auto", "sm80", "sm90"};
+std::atomic<Choice> choice{Choice::kAuto};
+
+}  // namespace
+
+void launch_sm80_branched_prefill(const BranchedAttentionParams& params, void* stream) {
+  launch_prefill<PrefillShape>(params, [&](auto instance, int64_t blocks, int row_blocks, bool q_is_aligned) {
     using T = typename decltype(instance)::T;
     constexpr int kDim = decltype(instance)::kDim;
     using Shape = PrefillShape<kDim>;
-    if (params.num_rows == 0) return;
-    clear_other_rows(params, stream);
-    const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
-    const int64_t max_rows = std::min(params.max_qo_len, params.num_queries) * group_size;
-    const int64_t row_blocks = ceil_div(max_rows, Shape::kRows);
-    const int64_t blocks = row_blocks * params.num_groups * params.num_kv_heads;
-    if (blocks == 0) return;
-    const bool q_is_aligned = is_aligned(16, params.dtype, params.q, params.q_stride_row, params.q_stride_head);
-    launch(name, branched_prefill_kernel<T, kDim>, blocks, Shape::kThreads, Shape::kSharedBytes, stream, params,
-           static_cast<int>(row_blocks), q_is_aligned);
+    launch("branched_prefill", branched_prefill_kernel<T, kDim>, blocks, Shape::kThreads, Shape::kSharedBytes, stream,
+           params, row_blocks, q_is_aligned);
   });
 }
 
+}  // namespace cuda
+
+void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream) {
+  using namespace cuda;
+  const bool sm90 = choice.load(std::memory_order_relaxed) == Choice::kSm90;
+  if (sm90 && compute_capability() != 90) {
+    throw std::runtime_error(
+        "branched_prefill: the kernel sm90 was chosen, which runs on compute capability 9.0; "
+        "this device has " +
+        std::to_string(compute_capability() / 10) + "." + std::to_string(compute_capability() % 10));
+  }
+  if (params.num_rows > 0) clear_other_rows(params, stream);
+  sm90 ? launch_sm90_branched_prefill(params, stream) : launch_sm80_branched_prefill(params, stream);
+}
+
 }  // namespace fmd
+
+extern "C" {
+
+const char* fmd_ext_select_cuda_prefill(const char* name) {
+  using namespace fmd::cuda;
+  static thread_local std::string reason;
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(name, kChoices[i]) != 0) continue;
+    choice = static_cast<Choice>(i);
+    return nullptr;
+  }
+  reason = "unknown CUDA prefill kernel '" + std::string(name) + "'; accepted: auto, sm80, sm90";
+  return reason.c_str();
+}
+
+// "auto" is sm80 until the other kernel has passed its tests on a device.
+const char* fmd_ext_cuda_prefill() {
+  using namespace fmd::cuda;
+  return kChoices[static_cast<int>(choice == Choice::kSm90 ? Choice::kSm90 : Choice::kSm80)];
+}
+}

@@ -1,39 +1,14 @@
-// Attention of query groups to a prefix and, causally, to their own segment.
+// Attention of query groups to a prefix and, causally, to their own segment: sm_80 and later.
 //
-// A block takes 128 rows of one group and kv head. A row is (query, head of the kv head's group), queries outermost:
-// GQA fills the tensor-core tile and all heads share each K/V tile. Prefix and own segment form one sequence of keys,
-// so no tile is split between them and none beyond the block's last visible key is touched.
-//
-// K and V tiles alternate in a ring of kSlots shared tiles: while one is used, kSlots - 1 are on their way.
+// A block takes 128 rows (see prefill_block.cuh). K and V tiles alternate in a ring of kSlots shared tiles: while one
+// is used, kSlots - 1 are on their way.
 #pragma once
 
 #include "cuda/attention_tile.cuh"
+#include "cuda/prefill_block.cuh"
 #include "fmd/params.h"
 
 namespace fmd::cuda {
-
-// What a block knows about its rows and keys. Kept in shared memory: the main loop has no registers to spare.
-struct PrefillBlock {
-  int64_t prefix_slot, own_slot;  // slot of key k: k + (k < prefix_len ? prefix_slot : own_slot)
-  int64_t qo_begin;
-  int prefix_len, num_keys, own_offset;
-  int first_row, num_rows, group_size, kv_head;
-
-  FMD_DEVICE int query_of(int row) const { return (first_row + row) / group_size; }
-
-  // Number of keys that a row sees.
-  FMD_DEVICE int limit_of(int row) const {
-    const int own = own_offset + query_of(row);
-    return prefix_len + (own > 0 ? own : 0);
-  }
-
-  // Where a row is in q, out or lse.
-  FMD_DEVICE int64_t offset_of(int row, const int64_t* qo_rows, int64_t stride_row, int64_t stride_head) const {
-    const int query = query_of(row);
-    const int head = kv_head * group_size + (first_row + row - query * group_size);
-    return qo_rows[qo_begin + query] * stride_row + head * stride_head;
-  }
-};
 
 template <int kDim>
 struct PrefillShape {
@@ -56,39 +31,12 @@ branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_
   constexpr int kRowVecs = kDim / kVecElements;
   constexpr int kPassRows = Shape::kThreads / kRowVecs;  // rows that all threads copy at once, a vector each
 
-  // The blocks with most keys first.
-  const int64_t num_columns = params.num_groups * params.num_kv_heads;
-  const int row_block = num_row_blocks - 1 - static_cast<int>(block_index() / num_columns);
-  const int64_t column = block_index() % num_columns;
-  const int64_t group = column / params.num_kv_heads;
-  const int kv_head = static_cast<int>(column % params.num_kv_heads);
-
-  const int64_t qo_begin = params.cu_seqlens_q[group];
-  const int qo_len = static_cast<int>(params.cu_seqlens_q[group + 1] - qo_begin);
-  const int group_size = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
-  const int first_row = row_block * Shape::kRows;
-  const int rows_left = qo_len * group_size - first_row;
-  if (rows_left <= 0) return;
-  const int num_rows = rows_left < Shape::kRows ? rows_left : Shape::kRows;
-
   const int thread = thread_index();
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   T* q_tile = shared_memory<T>();
   T* ring = q_tile + Shape::kRows * kDim;
   PrefillBlock& block = *reinterpret_cast<PrefillBlock*>(shared_memory<unsigned char>() + Shape::kTileBytes);
-  if (thread == 0) {
-    const Segment segment = params.segments[group];
-    block.prefix_slot = segment.prefix_start;
-    block.own_slot = segment.kv_start - segment.prefix_len;
-    block.qo_begin = qo_begin;
-    block.prefix_len = static_cast<int>(segment.prefix_len);
-    block.own_offset = static_cast<int>(segment.kv_len) - qo_len + 1;
-    block.first_row = first_row;
-    block.num_rows = num_rows;
-    block.group_size = group_size;
-    block.kv_head = kv_head;
-    block.num_keys = block.limit_of(num_rows - 1);
-  }
+  if (!start_prefill_block<Shape::kRows>(params, num_row_blocks, block)) return;
   block_barrier();
   const int num_tiles = (block.num_keys + Shape::kKeys - 1) / Shape::kKeys;
   const int first_masked_tile = block.limit_of(0) / Shape::kKeys;
@@ -179,7 +127,7 @@ branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_
         }
       }
     }
-    state.weigh(scores, scale.log2);
+    state.weigh(scores, scale.log2, [&](int r, int half, float factor) { state.rescale(r, half, factor); });
     state.accumulate(scores, next_half(2 * tile + 1));
   }
   state.finish();
@@ -192,8 +140,7 @@ branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_
   for (int r = 0; r < Shape::kRowTiles; ++r) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = state.sum[r][half];
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float inverse = state.inverse_sum(r, half);
       const int row = r * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d) {
@@ -202,9 +149,7 @@ branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_
       }
       const int block_row = lane_row(r, half);
       if (params.lse != nullptr && lane % 4 == 0 && block_row < block.num_rows) {
-        const float lse =
-            sum == 0.0f ? negative_infinity() : (state.maximum[r][half] * scale.log2) * kLn2 + log_accurate(sum);
-        params.lse[block.offset_of(block_row, params.qo_rows, params.num_qo_heads, 1)] = lse;
+        params.lse[block.offset_of(block_row, params.qo_rows, params.num_qo_heads, 1)] = state.lse(r, half, scale.log2);
       }
     }
   }

@@ -122,10 +122,15 @@ def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
         f"FMD_EXT_CPU_ISA={asked}" if asked and asked != "auto" else f"the best of {', '.join(isas)} that this CPU runs"
     )
     devices = [("cpu", f"csrc/cpu, {isa}", why)]
-    copies = {("append_", "cpu"): ("csrc/cpu, plain copy", "it only moves bytes")}
+    special = {("append_", "cpu"): ("csrc/cpu, plain copy", "it only moves bytes")}
     cuda = _library.load()["cuda"]
     if cuda.loaded and torch.cuda.is_available():
         devices.append(("cuda", "csrc/cuda", f"{cuda.path.name} is loaded"))
+        asked = os.environ.get("FMD_EXT_CUDA_PREFILL") or "auto"
+        why = f"FMD_EXT_CUDA_PREFILL={asked}"
+        if asked == "auto":
+            why += "; the kernel for compute capability 9.0, sm90, has not passed its tests on a device yet"
+        special["branched_prefill", "cuda"] = (f"csrc/cuda, {_library.cuda_prefill()}", why)
     else:
         reason = cuda.reason or "torch sees no CUDA device"
         devices.append(("cuda", None, reason))
@@ -134,7 +139,7 @@ def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
     for device, path, reason in devices:
         errors = selftest.errors(torch.device(device)) if path is not None else {}
         for name in selftest.CHECKS:
-            used, because = copies.get((name, device), (path, reason))
+            used, because = special.get((name, device), (path, reason))
             entry: dict[str, Any] = {"op": name, "device": device, "path": used, "why": because}
             if path is not None:
                 outcome = errors[name]

@@ -3,11 +3,12 @@
 //
 // A call is numbers (int64) and arrays (an int64 number of bytes, then the bytes), in the order of the code below.
 // Every array gets an allocation of exactly its size, so that AddressSanitizer sees each access outside it.
+#include "cuda_host_driver.h"
+
 #include <sys/mman.h>
 
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -16,52 +17,9 @@
 #include "cuda/intrinsics/intrinsics.h"
 #include "fmd/launch.h"
 
+using namespace driver;
+
 namespace {
-
-void read_bytes(void* to, size_t bytes) {
-  if (bytes > 0 && std::fread(to, 1, bytes, stdin) != bytes) throw std::runtime_error("driver: input ends early");
-}
-
-int64_t number() {
-  int64_t value = 0;
-  read_bytes(&value, sizeof(value));
-  return value;
-}
-
-float real() {
-  const int64_t bits = number();
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-class Array {
- public:
-  explicit Array(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
-    if (bytes < 0 || posix_memalign(&data_, 256, bytes_ == 0 ? 1 : bytes_) != 0)
-      throw std::runtime_error("driver: size");
-  }
-  ~Array() { std::free(data_); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-
-  static Array read() { return Array(number(), true); }
-
-  template <typename T>
-  T* at(int64_t offset_bytes = 0) const {
-    return reinterpret_cast<T*>(static_cast<char*>(data_) + offset_bytes);
-  }
-
-  void write() const {
-    if (std::fwrite(data_, 1, bytes_, stdout) != bytes_) throw std::runtime_error("driver: cannot write");
-  }
-
- private:
-  Array(int64_t bytes, bool) : Array(bytes) { read_bytes(data_, bytes_); }
-
-  void* data_ = nullptr;
-  size_t bytes_;
-};
 
 // The heads of a pool moved `distance` bytes apart, in memory of which only the touched pages exist.
 class FarHeads {
@@ -128,6 +86,9 @@ void attention(bool decode) {
     p.v = far_v->data();
     p.k_stride_head = p.v_stride_head = distance;
   }
+  const int64_t kernel = number();  // 80 or 90; negative: on a device of the other kind
+  fmd_ext_select_cuda_prefill(kernel == 80 ? "sm80" : "sm90");
+  fmd::cuda::host::settings().compute_capability = kernel < 0 ? 80 : 90;
   if (decode) {
     const int64_t bytes = fmd::branched_decode_workspace_cuda(p);
     const Array workspace(bytes);
@@ -225,8 +186,6 @@ void merge_norm() {
   out.write();
 }
 
-void faulty(int64_t which);
-
 }  // namespace
 
 int main() try {
@@ -257,6 +216,12 @@ int main() try {
       case 6:
         merge_norm();
         break;
+      case 7:
+        faulty_sm90(number());
+        break;
+      case 8:
+        fragments(number());
+        break;
       default:
         throw std::runtime_error("driver: unknown call");
     }
@@ -265,78 +230,3 @@ int main() try {
   std::fprintf(stderr, "%s\n", error.what());
   return 2;
 }
-
-namespace {
-
-using namespace fmd::cuda;
-
-// Kernels with one mistake each, which the host execution must find. Result: 32 floats, that of the right kernel being
-// 1 for every lane.
-enum Fault : int64_t {
-  kNone,
-  kMissingBarrierOfStores,
-  kMissingBarrierOfCopies,
-  kMissingWarpBarrier,
-  kMissingWait,
-  kWaitTooShort,
-  kEarlyOverwrite,
-  kOutOfBounds,
-  kDivergence,
-  kUnwritten,
-  kBankConflict,
-  kUnfinishedCopy,
-  kNumFaults,
-};
-
-template <int64_t kFault>
-FMD_KERNEL(64, 1)
-faulty_kernel(const float* ones, float* result) {
-  float* shared = shared_memory<float>();  // 128 floats: two buffers of 64
-  const int thread = thread_index();
-  if (kFault == kOutOfBounds && thread == 3) shared[128] = 1.0f;
-  // A value of the own warp, and one of the other.
-  if (kFault != kUnwritten || thread != 7) shared[64 + thread] = 1.0f;
-  if (kFault != kMissingWarpBarrier) warp_barrier();
-  const float near = shared[64 + (thread ^ 5)];
-  if (kFault != kMissingBarrierOfStores) block_barrier();
-  const float middle = shared[64 + (thread ^ 33)];
-  block_barrier();
-  // And one that an asynchronous copy brings, which 16 threads make.
-  const auto copy = [&](int buffer) {
-    if (thread < 16) copy_async_16(shared + buffer * 64 + thread * 4, ones + thread * 4, true);
-    copy_async_commit();
-  };
-  copy(0);
-  if (kFault == kWaitTooShort) copy(1);
-  if (kFault == kWaitTooShort) copy_async_wait<2>();
-  if (kFault != kMissingWait && kFault != kUnfinishedCopy && kFault != kWaitTooShort) copy_async_wait<0>();
-  if (kFault != kMissingBarrierOfCopies) block_barrier();
-  if (kFault == kEarlyOverwrite) copy(0);
-  const float far = shared[63 - thread];
-  if (kFault == kDivergence && thread % 32 < 4) warp_barrier();
-  const float both = shuffle_xor(near * middle * far, 3);
-  if (kFault == kBankConflict) {
-    uint32_t words[4];
-    load_matrices(words, shared_address(shared + thread % 2 * 64));
-  }
-  if (kFault != kUnfinishedCopy) copy_async_wait<0>();
-  if (thread < 32) result[thread] = both;
-}
-
-template <int64_t kFault>
-void run_faulty(int64_t which) {
-  if constexpr (kFault < kNumFaults) {
-    if (which != kFault) return run_faulty<kFault + 1>(which);
-    const Array ones(64 * sizeof(float)), result(32 * sizeof(float));
-    for (int i = 0; i < 64; ++i) ones.at<float>()[i] = 1.0f;
-    launch("faulty", faulty_kernel<kFault>, 1, 64, 128 * sizeof(float), nullptr, ones.at<const float>(),
-           result.at<float>());
-    result.write();
-  } else {
-    throw std::runtime_error("driver: unknown fault");
-  }
-}
-
-void faulty(int64_t which) { run_faulty<0>(which); }
-
-}  // namespace

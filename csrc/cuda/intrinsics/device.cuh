@@ -19,7 +19,7 @@ FMD_DEVICE int64_t block_index() { return blockIdx.x; }
 
 template <typename T>
 FMD_DEVICE T* shared_memory() {
-  extern __shared__ __align__(128) unsigned char fmd_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char fmd_shared_memory[];
   return reinterpret_cast<T*>(fmd_shared_memory);
 }
 
@@ -131,6 +131,15 @@ inline int multiprocessors() {
   require(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
           "fmd_ext: cudaDeviceGetAttribute");
   return count;
+}
+
+inline int compute_capability() {
+  int major = 0, minor = 0;
+  require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, current_device()),
+          "fmd_ext: cudaDeviceGetAttribute");
+  require(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, current_device()),
+          "fmd_ext: cudaDeviceGetAttribute");
+  return 10 * major + minor;
 }
 
 // Never waits for the device. Throws std::runtime_error when the launch itself is refused.

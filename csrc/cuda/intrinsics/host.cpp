@@ -11,7 +11,18 @@
 namespace fmd::cuda::host {
 namespace {
 
-enum class Waiting { kNot, kForWarp, kForBlock, kEnded };
+enum class Waiting { kNot, kForWarp, kForBlock, kForGroup, kForMbarrier, kEnded };
+
+// What a warp waits for beside Waiting: the id and threads of a group's barrier, or an mbarrier and a parity.
+struct Awaited {
+  const void* barrier = nullptr;
+  int id = 0, count = 0;
+  bool (*is_over)(const uint64_t* barrier, int parity) = nullptr;
+
+  bool operator==(const Awaited& other) const {
+    return barrier == other.barrier && id == other.id && count == other.count && is_over == other.is_over;
+  }
+};
 
 struct Lane {
   Fiber fiber;
@@ -19,12 +30,14 @@ struct Lane {
   Waiting waiting = Waiting::kNot;
   void (*execute)(Operands) = nullptr;
   void* operands = nullptr;
+  Awaited awaited;
 };
 
 struct Block {
   const char* name = "";
   int64_t index = 0;
   unsigned char* shared_memory = nullptr;
+  int shared_bytes = 0;
   const std::function<void()>* kernel = nullptr;
 };
 
@@ -80,6 +93,9 @@ Waiting step_warp(int first, std::vector<int>& order, Shuffle& shuffle) {
     if (other.waiting == Waiting::kForWarp && other.execute != leader.execute) {
       fail("lanes of a warp execute different operations");
     }
+    if (other.waiting != Waiting::kEnded && !(other.awaited == leader.awaited)) {
+      fail("lanes of a warp wait at different barriers");
+    }
     if (other.waiting == Waiting::kEnded) {
       for (const auto& group : other.thread.groups) {
         if (!group.empty()) fail("a thread ends with copies under way");
@@ -95,16 +111,37 @@ void run_block(int threads) {
   Shuffle shuffle(the_settings.seed, block.index);
   const int num_warps = threads / kWarpSize;
   for (int i = 0; i < threads; ++i) {
-    lanes[i]->thread = Thread{i, {{}}, {}};
+    lanes[i]->thread = Thread{i, {{}}, {}, false};
+    lanes[i]->awaited = {};
     lanes[i]->waiting = Waiting::kNot;
     lanes[i]->fiber.start(run_lane, nullptr);
   }
   std::vector<Waiting> warps(num_warps, Waiting::kNot);
   std::vector<int> order(kWarpSize), ready;
   for (int i = 0; i < kWarpSize; ++i) order[i] = i;
+  // Warps that stand at a group's barrier with all the others of the group.
+  const auto group_is_complete = [&](const Awaited& awaited) {
+    int count = 0;
+    for (int warp = 0; warp < num_warps; ++warp) {
+      if (warps[warp] == Waiting::kForGroup && lanes[warp * kWarpSize]->awaited == awaited) count += kWarpSize;
+    }
+    return count == awaited.count;
+  };
   for (;;) {
     ready.clear();
     for (int warp = 0; warp < num_warps; ++warp) {
+      const Awaited awaited = lanes[warp * kWarpSize]->awaited;
+      if (warps[warp] == Waiting::kForGroup && group_is_complete(awaited)) {
+        for (int other = warp; other < num_warps; ++other) {
+          if (warps[other] == Waiting::kForGroup && lanes[other * kWarpSize]->awaited == awaited) {
+            warps[other] = Waiting::kNot;
+          }
+        }
+      }
+      if (warps[warp] == Waiting::kForMbarrier &&
+          awaited.is_over(static_cast<const uint64_t*>(awaited.barrier), awaited.count)) {
+        warps[warp] = Waiting::kNot;
+      }
       if (warps[warp] == Waiting::kNot || warps[warp] == Waiting::kForWarp) ready.push_back(warp);
     }
     if (ready.empty()) {
@@ -112,6 +149,7 @@ void run_block(int threads) {
       bool ended = true;
       for (Waiting& warp : warps) {
         if (warp == Waiting::kEnded) continue;
+        if (warp != Waiting::kForBlock) fail("all warps wait, some for what nobody is left to bring");
         warp = Waiting::kNot;
         ended = false;
       }
@@ -132,6 +170,7 @@ Settings& settings() { return the_settings; }
 Thread& current_thread() { return lane->thread; }
 int64_t current_block() { return block.index; }
 unsigned char* current_shared_memory() { return block.shared_memory; }
+int current_shared_bytes() { return block.shared_bytes; }
 
 void fail(const char* what) {
   std::fprintf(stderr, "host execution of %s, block %lld, thread %d: %s\n", block.name,
@@ -139,12 +178,29 @@ void fail(const char* what) {
   std::abort();
 }
 
+void wait_at_group_barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads < kWarpSize || threads % kWarpSize != 0) {
+    fail("group_barrier: accepted are ids 1 to 15 and whole warps");
+  }
+  lane->awaited = {nullptr, id, threads, nullptr};
+  lane->waiting = Waiting::kForGroup;
+  lane->fiber.suspend();
+}
+
+void wait_at_mbarrier(const uint64_t* barrier, int parity, bool (*is_over)(const uint64_t* barrier, int parity)) {
+  lane->awaited = {barrier, 0, parity, is_over};
+  lane->waiting = Waiting::kForMbarrier;
+  lane->fiber.suspend();
+}
+
 void wait_at_block_barrier() {
+  lane->awaited = {};
   lane->waiting = Waiting::kForBlock;
   lane->fiber.suspend();
 }
 
 void meet(void (*execute)(Operands), void* operands) {
+  lane->awaited = {};
   lane->waiting = Waiting::kForWarp;
   lane->execute = execute;
   lane->operands = operands;
@@ -161,9 +217,10 @@ void run(const char* name, int64_t blocks, int threads, int shared_bytes, const 
   for (block.index = 0; block.index < blocks; ++block.index) {
     // Not aligned_alloc: it may round the size up, and the first byte beyond must be out of bounds.
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, static_cast<size_t>(shared_bytes)) != 0) fail("no memory");
+    if (posix_memalign(&memory, 1024, static_cast<size_t>(shared_bytes)) != 0) fail("no memory");
     std::memset(memory, 0xff, static_cast<size_t>(shared_bytes));
     block.shared_memory = static_cast<unsigned char*>(memory);
+    block.shared_bytes = shared_bytes;
     run_block(threads);
     std::free(memory);
   }

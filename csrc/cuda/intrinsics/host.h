@@ -28,6 +28,7 @@ namespace host {
 struct Settings {
   uint64_t seed = 0;
   int multiprocessors = 2;
+  int compute_capability = 90;
 };
 Settings& settings();
 
@@ -41,15 +42,21 @@ struct Thread {
   int index = 0;
   std::vector<std::vector<PendingCopy>> groups;  // oldest first; the last one is not committed yet
   std::vector<PendingCopy> waited_for;           // delivered at the next barrier
+  bool wgmma_fenced = false;                     // since the last wait
 };
 
 Thread& current_thread();
 int64_t current_block();
 unsigned char* current_shared_memory();
+int current_shared_bytes();
 
 [[noreturn]] void fail(const char* what);
 
 void wait_at_block_barrier();
+// Of `threads` threads that name the same id.
+void wait_at_group_barrier(int id, int threads);
+// Until is_over(barrier, parity). A block in which nobody goes on is an error.
+void wait_at_mbarrier(const uint64_t* barrier, int parity, bool (*is_over)(const uint64_t* barrier, int parity));
 
 // All lanes of the warp meet here; then `execute` is called once with the operands of lanes 0 to 31.
 using Operands = void* const (&)[32];
@@ -206,6 +213,7 @@ inline float exp2_fast(float value) {
 inline float log_accurate(float value) { return std::log(value); }
 
 inline int multiprocessors() { return host::settings().multiprocessors; }
+inline int compute_capability() { return host::settings().compute_capability; }
 
 template <typename... Params>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, void*,

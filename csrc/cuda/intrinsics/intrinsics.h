@@ -3,7 +3,7 @@
 // very same source runs in the tests of a machine without a GPU.
 //
 // - thread_index(), block_index(): of a one-dimensional launch.
-// - shared_memory<T>(): the block's dynamic shared memory, 128-byte aligned.
+// - shared_memory<T>(): the block's dynamic shared memory, 1024-byte aligned.
 // - block_barrier(), warp_barrier().
 // - shuffle_xor(value, mask): of a whole warp.
 // - copy_async_16(to, from, valid): 16 bytes from global to shared memory; zeros, and `from` not read, if not valid.
@@ -16,7 +16,7 @@
 // - to_float(x), from_float<T>(x), pack<T>(low, high).
 // - exp2_fast(x): flushes subnormals, 0 for -infinity; log_accurate(x); negative_infinity().
 // - launch(name, kernel, blocks, threads, shared_bytes, stream, params...).
-// - multiprocessors(): of the current device.
+// - multiprocessors(), compute_capability(): of the current device; 80 is 8.0.
 #pragma once
 
 #include <cstdint>
