@@ -69,15 +69,15 @@ class Prediction:
 class Share:
     """One file of predictions, held exclusively and only ever appended to. Use as a context manager.
 
-    Raises Locked when another process holds it.
+    With ``wait`` it waits for another process that holds it, otherwise that raises Locked.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._file)
             raise Locked(f"another process is at work on {path}") from None

@@ -96,9 +96,9 @@ class Runner:
     def run(self, items: Sequence[Item], *, batch_size: int = 1, rank: int = 0, size: int = 1, progress: bool = True):
         """Answers what is not answered yet.
 
-        Batches are dealt to ``size`` shares; this process begins with share ``rank`` and goes on with shares that
-        nobody works on, such as that of a process that was killed. Raises Locked when processes of another number
-        are at work in the folder.
+        Batches are dealt to ``size`` shares; this process begins with share ``rank``, goes on with shares that nobody
+        works on, such as that of a process that was killed, and returns when all shares are done. Raises Locked when
+        processes of another number are at work in the folder.
         """
         self.results.refuse_others(size)
         batches = make_batches(items, batch_size)
@@ -111,13 +111,18 @@ class Runner:
             disable=not progress,
             smoothing=0.05,
         ) as bar:
-            for index in [*range(rank, size), *range(rank)]:
+            # First what is free; then, holding nothing, wait for the others: all is answered at the end, by whomever.
+            left = [*range(rank, size), *range(rank)]
+            for index, wait in [*((index, False) for index in left), *((index, True) for index in left)]:
+                if index not in left:
+                    continue
                 try:
-                    share = Share(self.results.share_path(index, size))
+                    share = Share(self.results.share_path(index, size), wait=wait)
                 except Locked:
                     if size == 1:
                         raise
                     continue  # its own process is at work
+                left.remove(index)
                 with share:
                     # Read with the lock held: what another process did on this share before is seen.
                     done = {key for key, p in self.results.predictions().items() if p.error is None}
