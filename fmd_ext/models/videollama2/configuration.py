@@ -71,7 +71,7 @@ class _Towers:
             self.vision_config = _VISION_TOWERS[short]()
         elif isinstance(self.vision_config, dict):
             self.vision_config = AutoConfig.for_model(**self.vision_config)
-        if getattr(self.vision_config, "vision_use_head", False):
+        if getattr(self.vision_config, "model_type", None) == "siglip_vision_model":
             self.vision_config.vision_use_head = False  # no feature passes through SigLIP's pooling head
         if isinstance(self.audio_config, dict):
             self.audio_config = BeatsConfig(**self.audio_config)
