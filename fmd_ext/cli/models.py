@@ -56,6 +56,9 @@ class LoadedModel:
 def load_model(source: str | None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Loads ``source`` (folder or hub name), or the small trained model of the package when it is None.
 
+    The latter sets torch to one thread: it is so small that threads would wait for each other (with two, three times
+    the work).
+
     Raises UserError for a model that is not there, is not supported, or lacks weights, and for an unusable device.
     """
     target = _device(device)
@@ -64,6 +67,7 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
             raise UserError(f"model {source}: there is no such folder")
         return _load(source, source, dtype, target)
     with _no_progress_bars():
+        torch.set_num_threads(1)
         loaded = _load(str(trained.MODEL), "built-in model, trained on synthetic clips", dtype, target)
     return dataclasses.replace(loaded, settings=FMDConfig.from_file(trained.SETTINGS))
 
