@@ -10,6 +10,7 @@ import torch
 
 import fmd_ext
 from fmd_ext import FMDConfig
+from fmd_ext.baselines import avcd
 from fmd_ext.models.beats import fbank
 from fmd_ext.models.video_salmonn import VideoSalmonnConfig, VideoSalmonnForConditionalGeneration
 from fmd_ext.models.video_salmonn.checkpoint import our_names
@@ -93,6 +94,11 @@ def test_logits_and_greedy_tokens_equal_the_official_ones(model):
     close(model(**call).logits[0], "logits")
     tokens = model.generate(**call, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert tokens[0, call["input_ids"].shape[1] :].tolist() == RECORDED["generated"].tolist()
+
+
+def test_avcd_refuses_tokens_that_mix_both_modalities(model):
+    with avcd(model), pytest.raises(ValueError, match="joint ones"):
+        model.generate(**recorded_call(model), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmd_ext.adapters import AUDIO, PADDING, TEXT, VISUAL, find_adapter
+from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, find_adapter
 from fmd_ext.baselines.decoding import (
     Method,
     Run,
@@ -53,7 +53,7 @@ def avcd(model: nn.Module, *, contrast: float = 0.5, beta: float = 0.2, min_entr
         min_entropy: in nats, 0 or more; 0 contrasts at every step.
 
     Raises:
-        ValueError: a value out of range, or a patched model.
+        ValueError: a value out of range, a patched model, or, in ``generate``, joint positions.
         TypeError: a model or an attention implementation that is not supported.
     """
     check_range("contrast", contrast, 0)
@@ -116,6 +116,11 @@ class _AVCD(Method):
         self.last_layer = num_layers - 1
 
     def begin(self, sequence: Sequence, call: dict[str, Any]) -> None:
+        if (sequence.labels == JOINT).any():
+            raise ValueError(
+                "AVCD tells video positions from audio positions, and the sample has joint ones (label 3), which mix "
+                "both modalities; it takes models with separate tokens for each"
+            )
         sequence.measured = _Measured(sequence.labels, self.last_layer)
         if sequence.measured.both.any():
             sequence.add_runs(BOTH, FIRST, SECOND)
