@@ -233,17 +233,6 @@ def _add_layout(group: Any) -> None:
     group.set_defaults(interleaved=False)
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("reading the clip")
-    group.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
-    group.add_argument("--max-frames", type=_positive_int, help="at most so many frames (128, or the model's)")
-    group.add_argument(
-        "--max-frame-pixels",
-        type=_positive_int,
-        help="scale frames to at most so many pixels; fewer pixels, fewer tokens",
-    )
-
-
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
