@@ -127,7 +127,8 @@ def prepare_batch(
         media["videos_kwargs"] = _video_arguments(processor, rates.pop(), frame_pixels)
     heard = [clip for clip in clips if clip.audio is not None]
     if heard:
-        _check_audio(processor, heard)
+        for clip in heard:
+            check_sound(processor.feature_extractor, clip, stacklevel=3)
         media["audio"] = [clip.audio for clip in heard]
     if interleaved:
         media.update(_interleaving_arguments(processor, len(filmed)))
@@ -204,18 +205,24 @@ def _video_arguments(processor: Any, fps: float, frame_pixels: tuple[int, int] |
     return arguments
 
 
-def _check_audio(processor: Any, clips: Sequence[Clip]) -> None:
-    extractor = processor.feature_extractor
-    for clip in clips:
-        if clip.sampling_rate != extractor.sampling_rate:
-            raise ValueError(
-                f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
-                f"load it with sampling_rate={extractor.sampling_rate}"
-            )
-        if clip.audio.size > extractor.n_samples:
-            seconds = extractor.n_samples / extractor.sampling_rate
-            heard = clip.audio.size / clip.sampling_rate
-            warnings.warn(f"the model hears only the first {seconds:g} s of {heard:.1f} s of sound", stacklevel=4)
+def check_sound(extractor: Any, clip: Clip, stacklevel: int) -> None:
+    """Raises ValueError for a sampling rate other than the extractor's; warns of sound beyond its window.
+
+    Args:
+        extractor: Whisper's feature extractor, with ``sampling_rate`` and ``n_samples``.
+        stacklevel: of the warning, counted from the caller.
+    """
+    if clip.sampling_rate != extractor.sampling_rate:
+        raise ValueError(
+            f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
+            f"load it with sampling_rate={extractor.sampling_rate}"
+        )
+    if clip.audio.size > extractor.n_samples:
+        seconds = extractor.n_samples / extractor.sampling_rate
+        heard = clip.audio.size / clip.sampling_rate
+        warnings.warn(
+            f"the model hears only the first {seconds:g} s of {heard:.1f} s of sound", stacklevel=stacklevel + 1
+        )
 
 
 def _interleaving_arguments(processor: Any, num_clips: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import ProcessorMixin
 
+from fmd_ext.chat import check_sound
 from fmd_ext.media import Clip
 from fmd_ext.models.beats import fbank
 
@@ -149,15 +149,7 @@ class VideoSalmonnProcessor(ProcessorMixin):
     def _window(self, clip: Clip) -> np.ndarray:
         """The sound that the model hears: at least three seconds, at most Whisper's window."""
         extractor = self.feature_extractor
-        if clip.sampling_rate != extractor.sampling_rate:
-            raise ValueError(
-                f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
-                f"load it with sampling_rate={extractor.sampling_rate}"
-            )
-        if clip.audio.size > extractor.n_samples:
-            seconds = extractor.n_samples / extractor.sampling_rate
-            heard = clip.audio.size / clip.sampling_rate
-            warnings.warn(f"the model hears only the first {seconds:g} s of {heard:.1f} s of sound", stacklevel=5)
+        check_sound(extractor, clip, stacklevel=5)
         audio = clip.audio[: extractor.n_samples]
         shortest = min(SHORTEST_SOUND_S * extractor.sampling_rate, extractor.n_samples)
         return np.pad(audio, (0, max(0, shortest - audio.size)))
