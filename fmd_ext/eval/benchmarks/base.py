@@ -172,6 +172,14 @@ def options_of(value: Any) -> tuple[str, ...] | None:
     return tuple(text[2:].strip() for text in texts) if all(marked) else tuple(texts)
 
 
+def choice_of(choices: Any, answer: Any) -> tuple[tuple[str, ...], str] | None:
+    """Choices without their letters, and the letter of the right one; None where these do not fit."""
+    options, letter = options_of(choices), str(answer).strip().upper()
+    if options is None or letter not in [chr(ord("A") + i) for i in range(len(options))]:
+        return None
+    return options, letter
+
+
 def ask(item: Item, template: str) -> str:
     """The prompt of an item. Raises KeyError for a placeholder that is none of `Prompt`'s."""
     if item.kind == "caption":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fmd_ext.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt, options_of
+from fmd_ext.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt, choice_of
 from fmd_ext.eval.items import Item
 
 _SELECT = (
@@ -33,8 +33,8 @@ def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
         if values is None:
             continue
         video, identity, question, choices, answer, *categories = values
-        options, answer = options_of(choices), str(answer).strip().upper()
-        if options is None or not "A" <= answer < chr(ord("A") + len(options)) or len(answer) != 1:
+        choice = choice_of(choices, answer)
+        if choice is None:
             findings.malformed.append(f"record {number}: answer {answer!r} is no letter of the options {choices!r}")
             continue
         items.append(
@@ -44,8 +44,8 @@ def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
                 path=findings.video(str(video)),
                 question=str(question).strip(),
                 kind="choice",
-                answer=answer,
-                options=options,
+                answer=choice[1],
+                options=choice[0],
                 categories=dict(zip(("duration", "domain", "sub-category", "task"), map(str, categories), strict=True)),
                 subtitles=findings.subtitles(f"subtitle/{video}.srt", f"subtitles/{video}.srt"),
             )

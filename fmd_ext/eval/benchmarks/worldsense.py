@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fmd_ext.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt, options_of
+from fmd_ext.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt, choice_of
 from fmd_ext.eval.items import Item
 
 _WATCH = (
@@ -24,8 +24,8 @@ def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
         if values is None:
             continue
         video, question, choices, answer = values
-        options, answer = options_of(choices), str(answer).strip().rstrip(".").upper()
-        if options is None or not "A" <= answer < chr(ord("A") + len(options)) or len(answer) != 1:
+        choice = choice_of(choices, str(answer).strip().rstrip("."))
+        if choice is None:
             findings.malformed.append(f"record {number}: answer {answer!r} is no letter of the candidates {choices!r}")
             continue
         named = {"domain": "task_domain", "task": "task_type", "duration": "duration"}
@@ -36,8 +36,8 @@ def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
                 path=findings.video(str(video).removeprefix("./")),
                 question=str(question).strip(),
                 kind="choice",
-                answer=answer,
-                options=options,
+                answer=choice[1],
+                options=choice[0],
                 categories={name: str(record[field]) for name, field in named.items() if record.get(field) is not None}
                 | {"audio": _listed(record.get("audio_class"))},
                 subtitles=findings.subtitles(
