@@ -266,6 +266,7 @@ def test_wrong_arguments(capsys, arguments):
 
 def test_page_holds_the_measured_figures(quick, tmp_path):
     (tmp_path / "bench_cpu.json").write_text(json.dumps(quick))
+    (tmp_path / "evidence.json").write_text("{}")  # data of other pages may lie beside it
     assert page_main([str(tmp_path), str(tmp_path / "performance.md")]) == 0
     text = (tmp_path / "performance.md").read_text()
     assert text == page([quick])

@@ -108,13 +108,13 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fmd_ext.bench.page", description=__doc__)
-    parser.add_argument("data", type=Path, help="folder with the JSON files of benchmark runs")
+    parser.add_argument("data", type=Path, help="folder with the JSON files of benchmark runs, bench_*.json")
     parser.add_argument("page", type=Path, help="the Markdown file to write")
     parser.add_argument("readme", type=Path, nargs="?", help="the README whose figures to rewrite")
     args = parser.parse_args(argv)
-    files = sorted(args.data.glob("*.json"))
+    files = sorted(args.data.glob("bench_*.json"))
     if not files:
-        print(f"fmd_ext.bench.page: error: no *.json in {args.data}", file=sys.stderr)
+        print(f"fmd_ext.bench.page: error: no bench_*.json in {args.data}", file=sys.stderr)
         return 2
     try:
         runs = [json.loads(file.read_text()) for file in files]
