@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -68,6 +70,7 @@ def load_clip(
     max_frames: int = 768,
     num_frames: int | None = None,
     edge_seconds: int | None = None,
+    pick: Callable[[int, float], Sequence[int]] | None = None,
     sampling_rate: int = 16000,
     max_pixels: int = 1_000_000,
     progress: bool = True,
@@ -75,7 +78,8 @@ def load_clip(
     """Decodes a clip and keeps one frame every ``1 / fps`` seconds: the one that a player would show at that time.
 
     With ``num_frames`` it keeps the frames in the middle of so many equal parts of the picture, counted in frames; with
-    ``edge_seconds`` the first and the last frame of every second.
+    ``edge_seconds`` the first and the last frame of every second; with ``pick`` those that a model picks by a rule of
+    its own.
     Only the sampled frames are kept, so memory does not grow with the frame rate of the file.
 
     Args:
@@ -87,6 +91,8 @@ def load_clip(
         edge_seconds: two frames of each of at most so many first seconds, as video-SALMONN takes them: the first and
             the last one in it. What is left behind the last full second is part of one that ends with the picture.
             ``fps`` and ``max_frames`` have no effect then; the clip's ``fps`` is 2.
+        pick: gets how many frames the picture has and how many it shows per second, returns the numbers (from 0,
+            ascending) of those to keep. ``fps`` and ``max_frames`` have no effect then.
         sampling_rate: rate to which the sound is resampled (mono: the mean of the channels), samples per second.
         max_pixels: frames with more pixels are scaled down to about so many (width and height alike).
         progress: show a progress bar on stderr once reading takes over a second.
@@ -100,15 +106,18 @@ def load_clip(
         ValueError: an argument out of range.
     """
     _check_above_zero(fps=fps, max_frames=max_frames, sampling_rate=sampling_rate, max_pixels=max_pixels)
+    rules = {"num_frames": num_frames, "edge_seconds": edge_seconds, "pick": pick}
+    given = [name for name, rule in rules.items() if rule is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other")
     if num_frames is not None:
         _check_above_zero(num_frames=num_frames)
+        pick = functools.partial(_middles_of, int(num_frames))
     if edge_seconds is not None:
         _check_above_zero(edge_seconds=edge_seconds)
-        if num_frames is not None:
-            raise ValueError("num_frames and edge_seconds exclude each other")
     with _opened(path) as container:
-        pick = (num_frames, edge_seconds)
-        return _read(container, Path(path), fps, max_frames, *pick, int(sampling_rate), int(max_pixels), progress)
+        rule = (pick, edge_seconds)
+        return _read(container, Path(path), fps, max_frames, *rule, int(sampling_rate), int(max_pixels), progress)
 
 
 def check_clip(path: str | Path) -> None:
@@ -146,7 +155,7 @@ def _read(
     path: Path,
     fps: float,
     max_frames: int,
-    num_frames: int | None,
+    pick: Callable[[int, float], Sequence[int]] | None,
     edge_seconds: int | None,
     sampling_rate: int,
     max_pixels: int,
@@ -161,8 +170,9 @@ def _read(
     duration = _duration(container, streams)
     if video is None:
         frames = None
-    elif num_frames is not None:
-        frames = _MiddleSampler(video, middles(_count_packets(container, video), int(num_frames)), max_pixels)
+    elif pick is not None:
+        total = _count_packets(container, video)
+        frames = _NumberSampler(video, list(pick(total, float(video.average_rate or 25))), max_pixels)
     elif edge_seconds is not None:
         seconds = video.duration * video.time_base if video.duration else Fraction(duration)
         frames = _EdgeSampler(video, _seconds(seconds)[: int(edge_seconds)], max_pixels)
@@ -206,8 +216,8 @@ def _read(
     seconds += [len(waveform) / sampling_rate] if waveform is not None else []
     if max(seconds) < 0.9 * duration:
         logger.warning("%s says it lasts %.1f s, but only %.1f s can be read", path, duration, max(seconds))
-    if picture is not None and num_frames is not None:
-        fps = num_frames / frames.end
+    if picture is not None and pick is not None:
+        fps = len(picture) / frames.end
     elif edge_seconds is not None:
         fps = 2.0
     return Clip(picture, float(fps), waveform, sampling_rate, max(seconds), path)
@@ -259,7 +269,7 @@ class _FrameSampler:
         return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
-class _MiddleSampler(_FrameSampler):
+class _NumberSampler(_FrameSampler):
     """Gets every decoded frame, keeps those with the given numbers (ascending, one may come twice)."""
 
     def __init__(self, stream: av.VideoStream, numbers: list[int], max_pixels: int) -> None:
@@ -319,6 +329,10 @@ def middles(total: int, count: int) -> list[int]:
     """Numbers of the frames in the middle of ``count`` equal parts of frames 0 .. total - 1, as VideoLLaMA2 picks."""
     part = (total - 1) / count
     return [int(np.round(part * (2 * index + 1) / 2 + 1e-6)) for index in range(count)]
+
+
+def _middles_of(count: int, total: int, rate: float) -> list[int]:
+    return middles(total, count)
 
 
 class _AudioReader:

@@ -113,6 +113,18 @@ def test_the_first_and_last_frame_of_each_second(tmp_path, seconds, limit, expec
     assert clip.fps == 2.0 and np.array_equal(clip.frames, every[expected])
 
 
+def test_a_rule_picks_frames_by_their_number(clip_path, drawn):
+    told = []
+
+    def ends(total, rate):
+        told.append((total, rate))
+        return [0, 7, total - 1]
+
+    clip = load_clip(clip_path, pick=ends, fps=1.0, max_frames=1)
+    assert told == [(75, 25.0)] and clip.fps == pytest.approx(1.0, rel=0.01)
+    assert [nearest(image, drawn[0][:50]) for image in clip.frames] == [0, 7, 74 - 50]
+
+
 def test_check_clip_refuses_without_decoding(clip_path, tmp_path):
     check_clip(clip_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -253,6 +265,8 @@ def test_arguments_out_of_range(clip_path, arguments):
 def test_two_ways_to_choose_frames(clip_path):
     with pytest.raises(ValueError, match="num_frames and edge_seconds exclude each other"):
         load_clip(clip_path, num_frames=4, edge_seconds=2)
+    with pytest.raises(ValueError, match="edge_seconds and pick exclude each other"):
+        load_clip(clip_path, pick=lambda total, rate: [0], edge_seconds=2)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def read_clip(args: argparse.Namespace, processor: Any) -> Clip:
         show.note(f"the model takes {own['num_frames']} frames of any clip: --fps and --max-frames have no effect")
     if any(given.values()) and own.get("edge_seconds"):
         show.note("the model takes the first and the last frame of each second: --fps and --max-frames have no effect")
+    if any(given.values()) and own.get("pick"):
+        show.note("the model picks frames by a rule of its own: --fps and --max-frames have no effect")
     rates = {name: value or DEFAULT_RATES[name] for name, value in given.items()}
     with blaming_clip():
         return load_clip_for(processor, args.clip, **rates)
