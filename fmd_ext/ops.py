@@ -50,9 +50,17 @@ def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor)
 
 
 def rope_append_(
-    k_pool: Tensor, v_pool: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor
+    k_pool: Tensor,
+    v_pool: Tensor,
+    q_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
 ) -> None:
-    """`append_` with rotary position embedding: rotates `q` in place and `k` on its way into the pool.
+    """`append_` with rotary position embedding: rotates `q` into `q_out` and `k` on its way into the pool.
 
     With half = head_dim / 2, the head x of row r becomes `x * cos[r] + cat(-x[half:], x[:half]) * sin[r]`, which is
     RoPE as Llama's and Qwen's attention in transformers applies it. M-RoPE is the same with cos and sin that were put
@@ -60,8 +68,9 @@ def rope_append_(
 
     Args:
         k_pool, v_pool: `[num_kv_heads, num_slots, head_dim]`, last dimension contiguous.
-        q: `[num_rows, num_qo_heads, head_dim]`, same dtype; shares no memory with `k` and `v`.
-        k, v: `[num_rows, num_kv_heads, head_dim]`, same dtype; not written.
+        q_out: `[num_rows, num_qo_heads, head_dim]`, same dtype; shares no memory with `q`, `k` and `v`.
+        q: the same shape and dtype.
+        k, v: `[num_rows, num_kv_heads, head_dim]`, same dtype.
         cos, sin: `[num_rows, head_dim]`, both in the dtype of the pools or both float32.
         slots: int64 `[num_rows]`, in range, each slot at most once.
 
@@ -70,7 +79,7 @@ def rope_append_(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("rope_append_", q, k, v)
-    _rope_append(k_pool, v_pool, q, k, v, cos, sin, slots)
+    _rope_append(k_pool, v_pool, q_out, q, k, v, cos, sin, slots)
 
 
 def branched_prefill(
@@ -203,7 +212,7 @@ def _append_fake(k_pool, v_pool, k, v, slots):
 
 
 @torch.library.register_fake("fmd_ext::rope_append_")
-def _rope_append_fake(k_pool, v_pool, q, k, v, cos, sin, slots):
+def _rope_append_fake(k_pool, v_pool, q_out, q, k, v, cos, sin, slots):
     return None
 
 

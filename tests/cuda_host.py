@@ -146,12 +146,13 @@ class Calls:
             self._strided(tensor, 0, 1)
         self._array(slots)
 
-    def rope_append(self, k_pool, v_pool, q, k, v, cos, sin, slots, seed=0):
-        """The memory of q, k_pool and v_pool afterwards; all three must be contiguous."""
-        self._call(ROPE_APPEND, seed, 2, q, k_pool, v_pool)
+    def rope_append(self, k_pool, v_pool, q_out, q, k, v, cos, sin, slots, seed=0):
+        """The memory of q_out, k_pool and v_pool afterwards; all three must be contiguous."""
+        self._call(ROPE_APPEND, seed, 2, q_out, k_pool, v_pool)
         self._appended(k_pool, v_pool, k, v, slots)
         self._numbers(q.shape[1], DTYPE_CODES[cos.dtype])
-        self._strided(q, 0, 1)
+        for tensor in (q, q_out):
+            self._strided(tensor, 0, 1)
         for tensor in (cos, sin):
             self._strided(tensor, 0)
 

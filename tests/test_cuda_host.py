@@ -232,23 +232,23 @@ class TestRopeAppend:
         calls, cases = Calls(), []
         for angle_dtype in (dtype, torch.float32):
             case = make_rope_append(num_rows, heads, head_dim, dtype, angle_dtype, num_slots=60)
-            # K as attention layers hand it over; the rest contiguous, as the driver gives back what it holds.
-            case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q")}
+            # Q and K as attention layers hand it over; the rest contiguous, as the driver gives back what it holds.
+            case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q_out")}
             cases.append(case)
             calls.rope_append(**case, seed=1)
-        for case, (q, k_pool, v_pool) in zip(cases, calls.run(), strict=True):
-            result = case | {"q": q, "k_pool": k_pool, "v_pool": v_pool}
+        for case, (q_out, k_pool, v_pool) in zip(cases, calls.run(), strict=True):
+            result = case | {"q_out": q_out, "k_pool": k_pool, "v_pool": v_pool}
             assert_rotated(case, result)
             op = {name: tensor.clone() for name, tensor in case.items()}
             ops.rope_append_(**op)
-            for name in ("q", "k_pool", "v_pool"):
+            for name in ("q_out", "k_pool", "v_pool"):
                 assert_as_exact(result[name], None, op[name].double(), dtype)
 
     def test_rows_that_begin_anywhere(self):
         case = make_rope_append(17, (6, 2), 64, torch.bfloat16, torch.bfloat16, num_slots=60)
-        case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q")}
+        case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q_out")}
         odd = dict(case)
-        for name in ("k", "v"):
+        for name in ("q", "k", "v"):
             odd[name] = torch.cat([case[name][..., :3], case[name]], -1)[..., 3:]
         for name in ("cos", "sin"):
             odd[name] = torch.cat([case[name], case[name]], -1)[:, :64]

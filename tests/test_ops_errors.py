@@ -35,9 +35,8 @@ def good(op):
     if op == "append_":
         return {"k_pool": pool, "v_pool": pool.clone(), "k": rows, "v": rows.clone(), "slots": index(7, 0, 29)}
     if op == "rope_append_":
-        return (
-            good("append_") | {name: torch.randn(3, DIM) for name in ("cos", "sin")} | {"q": torch.randn(3, HEADS, DIM)}
-        )
+        shapes = {"q_out": (3, HEADS, DIM), "q": (3, HEADS, DIM), "cos": (3, DIM), "sin": (3, DIM)}
+        return good("append_") | {name: torch.randn(shape) for name, shape in shapes.items()}
     weights = torch.tensor([0.5, 0.25])
     if op == "merge_norm_":
         norm = {"norm_weight": torch.ones(DIM), "eps": 1e-6}
@@ -130,7 +129,8 @@ CASES = [
     ("merge_", "weights", torch.ones(4)[::2], "of shape [2] is not contiguous"),
     ("rope_append_", "q", torch.randn(2, HEADS, DIM), "has shape [2, 4, 16], accepted is [num_rows, num_qo_heads,"),
     ("rope_append_", "q", torch.randn(3, HEADS, DIM).half(), "has dtype Half, accepted is Float"),
-    ("rope_append_", "q", torch.randn(1, HEADS, DIM).expand(3, -1, -1), "is expanded along dimension 0, accepted"),
+    ("rope_append_", "q_out", torch.randn(1, HEADS, DIM).expand(3, -1, -1), "is expanded along dimension 0, accepted"),
+    ("rope_append_", "q_out", torch.randn(3, 2, DIM), "has shape [3, 2, 16], accepted is [num_rows, num_qo_heads,"),
     ("rope_append_", "cos", torch.randn(3, DIM).half(), "has dtype Half, accepted is Float"),
     ("rope_append_", "cos", torch.randn(3, 8), "has shape [3, 8], accepted is [num_rows, head_dim] = [3, 16]"),
     ("rope_append_", "sin", torch.randn(3, DIM).double(), "has dtype Double, accepted is Float"),

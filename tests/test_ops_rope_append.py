@@ -1,4 +1,4 @@
-"""rope_append_: q rotated in place, rotated k and plain v in their slots, and nothing else moves."""
+"""rope_append_: rotated q, rotated k and plain v in their slots, and nothing else moves."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def make(num_rows, heads, head_dim, dtype, angle_dtype, num_slots=400):
             name: torch.randn(num_kv_heads, num_slots + 1, head_dim + 8).to(dtype)[:, 1:, :head_dim]
             for name in ("k_pool", "v_pool")
         },
+        "q_out": torch.full((num_rows, num_qo_heads, head_dim + 8), float("nan"), dtype=dtype)[..., :head_dim],
         "q": torch.randn(num_qo_heads, num_rows, head_dim).to(dtype).transpose(0, 1),
         "k": torch.randn(num_kv_heads, num_rows, head_dim).to(dtype).transpose(0, 1),
         "v": torch.randn(num_rows, num_kv_heads, head_dim).to(dtype),
@@ -49,7 +50,7 @@ def assert_rotated(before, after):
     for name in ("k_pool", "v_pool"):
         assert torch.equal(after[name][:, others], before[name][:, others])
     assert torch.equal(after["v_pool"][:, slots], before["v"].transpose(0, 1))
-    for name, got in (("q", after["q"]), ("k", after["k_pool"][:, slots].transpose(0, 1))):
+    for name, got in (("q", after["q_out"]), ("k", after["k_pool"][:, slots].transpose(0, 1))):
         want = rotated(before[name].double(), cos, sin)
         assert_as_exact(got, rotated(before[name], cos, sin), want, dtype)
 
@@ -65,7 +66,7 @@ def test_like_plain_pytorch(isa, dtype, num_rows, heads, head_dim):
         with using_isa(isa):
             ops.rope_append_(**arguments)
         assert_rotated(before, arguments)
-        assert all(torch.equal(arguments[name], before[name]) for name in ("k", "v", "cos", "sin"))
+        assert all(torch.equal(arguments[name], before[name]) for name in ("q", "k", "v", "cos", "sin"))
 
 
 def test_like_the_attention_of_transformers():
@@ -77,7 +78,7 @@ def test_like_the_attention_of_transformers():
     q, k = (arguments[name].transpose(0, 1)[None].clone() for name in ("q", "k"))
     want_q, want_k = apply_rotary_pos_emb(q, k, cos, sin)
     ops.rope_append_(**(arguments | {"cos": cos[0], "sin": sin[0]}))
-    torch.testing.assert_close(arguments["q"], want_q[0].transpose(0, 1))
+    torch.testing.assert_close(arguments["q_out"], want_q[0].transpose(0, 1))
     torch.testing.assert_close(arguments["k_pool"][:, arguments["slots"]], want_k[0])
 
 
@@ -89,7 +90,7 @@ def test_number_of_threads_changes_no_bit(dtype):
         arguments = make(200, (8, 2), 64, dtype, dtype)
         with using_threads(threads):
             ops.rope_append_(**arguments)
-        results.append([arguments[name] for name in ("q", "k_pool", "v_pool")])
+        results.append([arguments[name] for name in ("q_out", "k_pool", "v_pool")])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -102,5 +103,5 @@ def test_no_rows():
 
 def test_opcheck():
     arguments = make(3, (4, 2), 8, torch.float32, torch.float32, num_slots=9)
-    arguments |= {name: arguments[name].contiguous() for name in ("k_pool", "v_pool", "q")}
+    arguments |= {name: arguments[name].contiguous() for name in ("k_pool", "v_pool", "q_out", "q")}
     torch.library.opcheck(torch.ops.fmd_ext.rope_append_.default, tuple(arguments.values()))

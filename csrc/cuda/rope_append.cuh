@@ -1,7 +1,7 @@
-// append with rotary position embedding: q in place, k on its way into the pool, v copied.
+// append with rotary position embedding: of q into q_out, of k on its way into the pool; v is copied.
 //
 // A row has an item for each vector of half a head: of every query head and key head to turn, of every value head to
-// copy. A thread per item: it reads both halves of what it turns, so that q can be turned in place.
+// copy. A thread per item, with both halves of what it turns.
 #pragma once
 
 #include "cuda/intrinsics/intrinsics.h"
@@ -35,8 +35,8 @@ rope_append_kernel(const RopeAppendParams params) {
   const bool is_q = head < params.num_qo_heads;
   const bool is_v = head >= params.num_qo_heads + append.num_kv_heads;
   if (is_q) {
-    to = static_cast<T*>(params.q) + row * params.q_stride_row + head * params.q_stride_head;
-    from = to;
+    from = static_cast<const T*>(params.q) + row * params.q_stride_row + head * params.q_stride_head;
+    to = static_cast<T*>(params.q_out) + row * params.q_out_stride_row + head * params.q_out_stride_head;
   } else {
     head = (head - params.num_qo_heads) % append.num_kv_heads;
     const int64_t slot = append.slots[row];

@@ -111,16 +111,21 @@ AppendParams append_params(const char* op, const Tensor& k_pool, const Tensor& v
   return params;
 }
 
-RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q, const Tensor& k,
-                                    const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& slots) {
+RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_out, const Tensor& q,
+                                    const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                                    const Tensor& slots) {
   const char* op = "rope_append_";
-  const Argument k_pool_arg{op, "k_pool", k_pool}, q_arg{op, "q", q}, cos_arg{op, "cos", cos}, sin_arg{op, "sin", sin};
+  const Argument k_pool_arg{op, "k_pool", k_pool}, out_arg{op, "q_out", q_out}, q_arg{op, "q", q},
+      cos_arg{op, "cos", cos}, sin_arg{op, "sin", sin};
   RopeAppendParams params{};
   params.append = append_params(op, k_pool, v_pool, k, v, slots);
   q_arg.has_shape("[num_rows, num_qo_heads, head_dim]", {k.size(0), -1, params.append.head_dim});
-  q_arg.has_dtype(k_pool.scalar_type());
-  q_arg.has_contiguous_rows();
-  q_arg.has_no_repeated_memory();
+  out_arg.has_shape("[num_rows, num_qo_heads, head_dim]", {k.size(0), q.size(1), params.append.head_dim});
+  for (const Argument& arg : {q_arg, out_arg}) {
+    arg.has_dtype(k_pool.scalar_type());
+    arg.has_contiguous_rows();
+  }
+  out_arg.has_no_repeated_memory();
   const ScalarType angle_dtype = cos.scalar_type();
   if (angle_dtype != ScalarType::Float) cos_arg.has_dtype(k_pool.scalar_type());
   sin_arg.has_dtype(angle_dtype);
@@ -128,12 +133,15 @@ RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, 
     arg.has_shape("[num_rows, head_dim]", {k.size(0), params.append.head_dim});
     arg.has_contiguous_rows();
   }
-  for (const Argument& arg : {q_arg, cos_arg, sin_arg}) arg.is_on_device_of(k_pool_arg);
+  for (const Argument& arg : {out_arg, q_arg, cos_arg, sin_arg}) arg.is_on_device_of(k_pool_arg);
 
   params.num_qo_heads = q.size(1);
-  params.q = q.mutable_data_ptr();
+  params.q = q.const_data_ptr();
   params.q_stride_row = q.stride(0);
   params.q_stride_head = q.stride(1);
+  params.q_out = q_out.mutable_data_ptr();
+  params.q_out_stride_row = q_out.stride(0);
+  params.q_out_stride_head = q_out.stride(1);
   params.angle_dtype = cos_arg.float_dtype();
   params.cos = cos.const_data_ptr();
   params.cos_stride_row = cos.stride(0);

@@ -127,8 +127,9 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
 AppendParams append_params(const char* op, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
                            const Tensor& slots);
 
-RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q, const Tensor& k,
-                                    const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& slots);
+RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_out, const Tensor& q,
+                                    const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
+                                    const Tensor& slots);
 
 MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights);
 

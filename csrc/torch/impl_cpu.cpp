@@ -133,9 +133,9 @@ void append_(Tensor k_pool, Tensor v_pool, const Tensor& k, const Tensor& v, con
   if (params.num_rows > 0) launch_append_cpu(params, torch_parallel_for());
 }
 
-void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q, const Tensor& k, const Tensor& v, const Tensor& cos,
-                  const Tensor& sin, const Tensor& slots) {
-  const RopeAppendParams params = rope_append_params(k_pool, v_pool, q, k, v, cos, sin, slots);
+void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& cos, const Tensor& sin, const Tensor& slots) {
+  const RopeAppendParams params = rope_append_params(k_pool, v_pool, q_out, q, k, v, cos, sin, slots);
   check_range("rope_append_", "slots", params.append.slots, params.append.num_rows, params.append.num_slots,
               "slots of the pool");
   if (params.append.num_rows > 0) launch_rope_append_cpu(params, torch_parallel_for());

@@ -99,9 +99,9 @@ void append_(Tensor k_pool, Tensor v_pool, const Tensor& k, const Tensor& v, con
   launch_append_cuda(params, current_stream(k_pool));
 }
 
-void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q, const Tensor& k, const Tensor& v, const Tensor& cos,
-                  const Tensor& sin, const Tensor& slots) {
-  const RopeAppendParams params = rope_append_params(k_pool, v_pool, q, k, v, cos, sin, slots);
+void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& cos, const Tensor& sin, const Tensor& slots) {
+  const RopeAppendParams params = rope_append_params(k_pool, v_pool, q_out, q, k, v, cos, sin, slots);
   const torch::stable::accelerator::DeviceGuard guard(k_pool.get_device_index());
   launch_rope_append_cuda(params, current_stream(k_pool));
 }

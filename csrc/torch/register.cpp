@@ -5,8 +5,8 @@
 STABLE_TORCH_LIBRARY(fmd_ext, m) {
   m.def("append_(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor k, Tensor v, Tensor slots) -> ()");
   m.def(
-      "rope_append_(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
-      "Tensor slots) -> ()");
+      "rope_append_(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!) q_out, Tensor q, Tensor k, Tensor v, Tensor cos, "
+      "Tensor sin, Tensor slots) -> ()");
   m.def(
       "branched_prefill(Tensor q, Tensor k, Tensor v, Tensor qo_rows, Tensor cu_seqlens_q, Tensor segments, "
       "int max_qo_len, float softmax_scale, bool return_lse) -> (Tensor, Tensor)");

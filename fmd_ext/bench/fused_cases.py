@@ -59,8 +59,9 @@ def _rope_append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, de
         return rotated(q, cos, sin)
 
     def fused(q: Tensor, own: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ops.rope_append_(own[0], own[1], q, k, v, cos, sin, slots)
-        return q
+        turned = torch.empty_like(q)
+        ops.rope_append_(own[0], own[1], turned, q, k, v, cos, sin, slots)
+        return turned
 
     exact_pools, plain_pools = pools.double(), pools.clone()
     exact = eager(queries.double(), exact_pools, *(x.double() for x in (*new, cos, sin)))
@@ -68,8 +69,8 @@ def _rope_append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, de
     reference = Reference.beside([exact, exact_pools[:, :, slots]], [plain, plain_pools[:, :, slots]])
 
     def candidate(name: str, turn) -> Candidate:
-        q, own = queries.clone(), pools.clone()
-        step = Step(lambda: turn(q, own, *new, cos, sin), prepare=lambda: q.copy_(queries))
+        own = pools.clone()
+        step = Step(lambda: turn(queries, own, *new, cos, sin))
         return Candidate(name, step, lambda turned: [turned, own[:, :, slots]], reference)
 
     candidates = [candidate("fmd_ext", fused), candidate("eager, append_", beside), candidate("eager PyTorch", eager)]

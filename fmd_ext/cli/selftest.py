@@ -51,10 +51,10 @@ def _rope_append(random: Random) -> torch.Tensor:
     def turned(x: torch.Tensor) -> torch.Tensor:
         return x * cos[:, None] + torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1) * sin[:, None]
 
-    expected, expected_q = pools.clone(), turned(q)
+    expected, turned_q = pools.clone(), torch.empty_like(q)
     expected[:, :, slots] = torch.stack([turned(rows[0]), rows[1]]).transpose(1, 2)
-    ops.rope_append_(pools[0], pools[1], q, rows[0], rows[1], cos, sin, slots)
-    return torch.maximum((pools - expected).abs().max(), (q - expected_q).abs().max())
+    ops.rope_append_(pools[0], pools[1], turned_q, q, rows[0], rows[1], cos, sin, slots)
+    return torch.maximum((pools - expected).abs().max(), (turned_q - turned(q)).abs().max())
 
 
 def _prefill(random: Random) -> torch.Tensor:

@@ -134,6 +134,10 @@ void append(bool rope) {
     r.q = q.at<void>(number());
     r.q_stride_row = number();
     r.q_stride_head = number();
+    const Array q_out = Array::read();
+    r.q_out = q_out.at<void>(number());
+    r.q_out_stride_row = number();
+    r.q_out_stride_head = number();
     const Array cos = Array::read();
     r.cos = cos.at<void>(number());
     r.cos_stride_row = number();
@@ -141,7 +145,7 @@ void append(bool rope) {
     r.sin = sin.at<void>(number());
     r.sin_stride_row = number();
     fmd::launch_rope_append_cuda(r, nullptr);
-    q.write();
+    q_out.write();
   } else {
     fmd::launch_append_cuda(p, nullptr);
   }

@@ -1,4 +1,4 @@
-// Rotary position embedding of q in place and of k into its slots; v is copied.
+// Rotary position embedding of q, and of k into its slots; v is copied.
 #pragma once
 
 #include "cpu/isa/simd.h"
@@ -6,7 +6,7 @@
 
 namespace fmd::cpu::FMD_ISA {
 
-// target = source, rotated. Both may be the same. half: half a head_dim; cos, sin: fp32 [2 * half];
+// target = source, rotated. half: half a head_dim; cos, sin: fp32 [2 * half];
 // buffer: 4 * half floats.
 inline void rotate_head(DType dtype, const void* source, void* target, const float* cos, const float* sin, int64_t half,
                         float* buffer) {
@@ -35,8 +35,9 @@ inline void rope_append_rows(const RopeAppendParams& params, int64_t row_begin, 
     widen(params.angle_dtype, element(params.cos, params.angle_dtype, row * params.cos_stride_row), cos, dim);
     widen(params.angle_dtype, element(params.sin, params.angle_dtype, row * params.sin_stride_row), sin, dim);
     for (int64_t head = 0; head < params.num_qo_heads; ++head) {
-      void* q = element(params.q, dtype, row * params.q_stride_row + head * params.q_stride_head);
-      rotate_head(dtype, q, q, cos, sin, dim / 2, buffer);
+      rotate_head(dtype, element(params.q, dtype, row * params.q_stride_row + head * params.q_stride_head),
+                  element(params.q_out, dtype, row * params.q_out_stride_row + head * params.q_out_stride_head), cos,
+                  sin, dim / 2, buffer);
     }
     const int64_t slot = append.slots[row];
     for (int64_t head = 0; head < append.num_kv_heads; ++head) {

@@ -64,14 +64,16 @@ struct AppendParams {
   const int64_t* slots;  // [num_rows]
 };
 
-// AppendParams with rotary position embedding: q in place, and k on its way into the pool. With half = head_dim / 2,
-// row r of a head x becomes, for i < half,
+// AppendParams with rotary position embedding: of q into q_out, and of k on its way into the pool. With
+// half = head_dim / 2, row r of a head x becomes, for i < half,
 //   x[i] * cos[r][i] - x[i + half] * sin[r][i]  and  x[i + half] * cos[r][i + half] + x[i] * sin[r][i + half].
 struct RopeAppendParams {
   AppendParams append;
   int64_t num_qo_heads;
-  void* q;  // [num_rows, num_qo_heads, head_dim]
+  const void* q;  // [num_rows, num_qo_heads, head_dim]
   int64_t q_stride_row, q_stride_head;
+  void* q_out;  // the same shape, no memory of q, k or v
+  int64_t q_out_stride_row, q_out_stride_head;
   DType angle_dtype;  // of cos and sin: that of append, or fp32
   const void* cos;    // [num_rows, head_dim]
   int64_t cos_stride_row;
