@@ -68,7 +68,13 @@ class BranchedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         step = plan.attention_for(self.layer_idx)
         slots = step.get("slots", key_states.device)
-        ops.append_(self.keys, self.values, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), slots)
+        k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        turn = plan.rotation
+        if turn is None or turn.k is not key_states:
+            ops.append_(self.keys, self.values, k, v, slots)
+        else:
+            ops.rope_append_(self.keys, self.values, turn.q_out, turn.q, k, v, turn.cos, turn.sin, slots)
+            plan.rotation = None
         return self.keys, self.values
 
     def move(self, source: torch.Tensor, destination: torch.Tensor, num_slots: int, into: Pools | None = None) -> None:

@@ -67,6 +67,11 @@ def branched_attention(
         raise TypeError(
             f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
         )
+    if fmd_plan.rotation is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} changes its keys after their rotation, so that the append cannot rotate them: "
+            "its adapter must not name `rotary`"
+        )
     step = fmd_plan.attention_for(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = query[0].transpose(0, 1)
@@ -184,7 +189,7 @@ class ForkedDecoder:
         try:
             out = self.original(**call)
         finally:
-            state.plan = self.session.plan = None
+            state.plan = self.session.plan = plan.rotation = None
         if plan is not self.session.fixed_plan:
             state.commit()
         self.session.last_plan = plan

@@ -16,6 +16,7 @@ from .decoder import ForkedDecoder, MergeHook, branched_config, refuse_unsupport
 from .deepstack import PackedDeepstack
 from .entry import EntryForward, EntryGenerate, ReadLabels
 from .plan import StepPlan
+from .rotary import FusedRotation, why_not_fused
 from .runner import DecodeRunner
 from .session import Session
 
@@ -30,6 +31,7 @@ class Handle:
         config: the resolved `FMDConfig` in force.
         adapter: the `Adapter` that serves the model.
         runner: the `DecodeRunner`; its ``last`` tells what the last ``generate`` call's decode steps ran on, and why.
+        why_not_fused: why the model's own code rotates queries and keys; empty where the append does it.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, config: FMDConfig, runner: bool | None) -> None:
@@ -40,6 +42,7 @@ class Handle:
         self.decoder = adapter.find_decoder(model)
         self.session = Session(config)
         self.runner = DecodeRunner(self.session, self.decoder, runner)
+        self.why_not_fused = "the decoder runs as it is"
         self._restore: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
 
@@ -95,8 +98,14 @@ class Handle:
         self._override(decoder, "forward", ForkedDecoder, self.adapter.embed)
         if hasattr(decoder, self.adapter.deepstack):
             self._override(decoder, self.adapter.deepstack, PackedDeepstack)
-        for module in (decoder, *(getattr(layer, self.adapter.attention) for layer in decoder.layers)):
+        attention = [getattr(layer, self.adapter.attention) for layer in decoder.layers]
+        for module in (decoder, *attention):
             self._set(module, "config", branched_config(module.config))
+        reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
+        self.why_not_fused = next(filter(None, reasons), "")
+        for module, reason in zip(attention, reasons, strict=True):
+            if not reason:
+                self._override(module, "forward", FusedRotation, self.adapter.rotary)
         first = 1 if self.config.fork_layers == AUTO else self.config.fork_layers
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             hook = MergeHook(self.session, index)

@@ -70,6 +70,23 @@ class AttentionStep:
         return self.arrays.get(f"{self.kind}.{name}", device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation that the append has still to do.
+
+    Args:
+        q: [rows, num_qo_heads, head_dim], and ``q_out``, of the same shape, which is to hold it rotated.
+        k: [1, num_kv_heads, rows, head_dim], not rotated, as the cache will be given it.
+        cos, sin: [rows, head_dim].
+    """
+
+    q: torch.Tensor
+    q_out: torch.Tensor
+    k: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 @dataclasses.dataclass
 class StepPlan:
     """The rows of one forward call over a padded batch [batch, length].
@@ -89,6 +106,7 @@ class StepPlan:
         reading: what the samples that begin to fork attend to, where a setting is "auto"; else None.
         home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
             samples; else None.
+        rotation: what the layer that runs has left to its append.
     """
 
     batch: int
@@ -105,6 +123,7 @@ class StepPlan:
     chooses_depth: bool = False
     reading: Reading | None = None
     home_weights: torch.Tensor | None = None
+    rotation: Rotation | None = None
 
     @property
     def num_rows(self) -> int:

@@ -66,6 +66,8 @@ class Adapter:
             It takes ``mask_scale`` and the arguments of ``forward`` and returns those arguments with the features
             replaced by ``inputs_embeds`` [batch, length, hidden] and ``branch_embeds`` [2, batch, length, hidden]
             (visual branch, audio branch).
+        rotary: name of the function by which the attention modules' source file rotates q and k, where it does so
+            right before both go to the cache and to attention: the append then rotates. Empty: the model does.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Adapter:
     embed: str = ""
     deepstack: str = "_deepstack_process"
     branch_inputs: str = ""
+    rotary: str = ""
 
     def find_entry(self, model: nn.Module) -> nn.Module:
         return _first(model, self.entry, "forward")

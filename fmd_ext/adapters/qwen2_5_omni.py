@@ -14,4 +14,5 @@ QWEN2_5_OMNI = Adapter(
         TokenSource("visual", "video_token_id", ("pixel_values_videos", "mm_encoder_outputs.video")),
         TokenSource("audio", "audio_token_id", ("input_features", "mm_encoder_outputs.audio")),
     ),
+    rotary="apply_rotary_pos_emb",
 )

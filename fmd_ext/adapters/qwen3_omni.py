@@ -11,4 +11,5 @@ QWEN3_OMNI = Adapter(
     entry=QWEN2_5_OMNI.entry,
     decoder=QWEN2_5_OMNI.decoder,
     sources=QWEN2_5_OMNI.sources,
+    rotary=QWEN2_5_OMNI.rotary,
 )

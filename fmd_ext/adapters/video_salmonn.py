@@ -15,4 +15,5 @@ VIDEO_SALMONN = Adapter(
         TokenSource("joint", "joint_token_id", ("pixel_values",)),
     ),
     branch_inputs="branch_inputs",
+    rotary="apply_rotary_pos_emb",
 )
