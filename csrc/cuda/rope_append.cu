@@ -14,7 +14,9 @@ void launch_rope_append_cuda(const RopeAppendParams& params, void* stream) {
       is_aligned(16, append.dtype, append.k, append.k_stride_row, append.k_stride_head) &&
       is_aligned(16, append.dtype, append.v, append.v_stride_row, append.v_stride_head) &&
       is_aligned(16, append.dtype, params.q, params.q_stride_row, params.q_stride_head, append.head_dim / 2) &&
-      is_aligned(16, append.dtype, params.q_out, params.q_out_stride_row, params.q_out_stride_head);
+      is_aligned(16, append.dtype, params.q_out, params.q_out_stride_row, params.q_out_stride_head) &&
+      is_aligned(16, params.angle_dtype, params.cos, params.cos_stride_row) &&
+      is_aligned(16, params.angle_dtype, params.sin, params.sin_stride_row);
   dispatch_float(append.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kElements = 16 / sizeof(T);

@@ -16,6 +16,26 @@ struct alignas(sizeof(T) * kElements) RopeVec {
   T element[kElements];
 };
 
+template <typename T, int kElements>
+FMD_DEVICE void read_floats(const T* from, float (&to)[kElements]) {
+  constexpr int kVec = kElements < 16 / static_cast<int>(sizeof(T)) ? kElements : 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int i = 0; i < kElements; i += kVec) {
+    const auto vec = *reinterpret_cast<const RopeVec<T, kVec>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) to[i + j] = to_float(vec.element[j]);
+  }
+}
+
+template <typename T, int kElements>
+FMD_DEVICE void read_angles(const RopeAppendParams& params, const void* angles, int64_t at, float (&to)[kElements]) {
+  if (params.angle_dtype == DType::kFloat32) {
+    read_floats(static_cast<const float*>(angles) + at, to);
+  } else {
+    read_floats(static_cast<const T*>(angles) + at, to);
+  }
+}
+
 // kElements: of a 16-byte vector, or 1 where something is not aligned for that.
 template <typename T, int kElements>
 FMD_KERNEL(kRopeThreads, 1)
@@ -48,16 +68,17 @@ rope_append_kernel(const RopeAppendParams params) {
   Vec a = *reinterpret_cast<const Vec*>(from + low);
   Vec b = *reinterpret_cast<const Vec*>(from + low + half);
   if (!is_v) {
-    const auto angle = [&](const void* angles, int64_t index) {
-      return params.angle_dtype == DType::kFloat32 ? static_cast<const float*>(angles)[index]
-                                                   : to_float(static_cast<const T*>(angles)[index]);
-    };
     const int64_t cos_at = row * params.cos_stride_row + low, sin_at = row * params.sin_stride_row + low;
+    float cos_a[kElements], cos_b[kElements], sin_a[kElements], sin_b[kElements];
+    read_angles<T>(params, params.cos, cos_at, cos_a);
+    read_angles<T>(params, params.cos, cos_at + half, cos_b);
+    read_angles<T>(params, params.sin, sin_at, sin_a);
+    read_angles<T>(params, params.sin, sin_at + half, sin_b);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const float x = to_float(a.element[i]), y = to_float(b.element[i]);
-      a.element[i] = from_float<T>(x * angle(params.cos, cos_at + i) - y * angle(params.sin, sin_at + i));
-      b.element[i] = from_float<T>(y * angle(params.cos, cos_at + half + i) + x * angle(params.sin, sin_at + half + i));
+      a.element[i] = from_float<T>(x * cos_a[i] - y * sin_a[i]);
+      b.element[i] = from_float<T>(y * cos_b[i] + x * sin_b[i]);
     }
   }
   *reinterpret_cast<Vec*>(to + low) = a;
