@@ -161,7 +161,10 @@ class ForkedDecoder:
         self.signature = inspect.signature(original)
 
     def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = arguments_by_name(self.signature, args, kwargs)
+        with self.session.turn:
+            return self._run(decoder, arguments_by_name(self.signature, args, kwargs))
+
+    def _run(self, decoder: nn.Module, call: dict[str, Any]) -> Any:
         return_dict = call.pop("return_dict", None)
         use_cache = call.pop("use_cache", None)
         if use_cache is None:

@@ -44,6 +44,12 @@ class EntryForward(_Entry):
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
+        with self.session.turn:
+            return self._run(module, args, kwargs, modality_labels, branch_embeds)
+
+    def _run(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], modality_labels: Any, branch_embeds: Any
+    ) -> Any:
         if not self.session.config.fork_layers or self.session.fixed_plan is not None:
             return self.original(*args, **kwargs)
         refuse_gradients(module)
@@ -88,6 +94,7 @@ class EntryGenerate(_Entry):
             return _shifted(labels, cache.get_seq_length()) if only_new else labels
 
         with (
+            self.session.turn,
             self.labels(modality_labels, from_ids),
             self.session.branches(branch_embeds, _cached(call)),
             self.session.generating(call.get("attention_mask")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +21,33 @@ UNREAD_BRANCHES = (
 )
 
 
+class OneAtATime:
+    """A context that one thread at a time is in, as often as it likes; a copy is another one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OneAtATime:
+        return OneAtATime()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a patched model cannot be pickled, which is how torch.save keeps a whole model: unpatch it first, or save "
+            "its weights (save_pretrained, state_dict), which are those of the unpatched model"
+        )
+
+
 class Session:
     """State that the replaced methods of one patched model share.
 
     Attributes:
+        turn: every call holds it, so that calls of several threads follow one another: the state is that of one call.
         config: the resolved settings.
         token: identifies the patch to its caches; a copy of a cache keeps it.
         plan: the plan of the forward call that is running, else None.
@@ -32,6 +56,7 @@ class Session:
     """
 
     def __init__(self, config: FMDConfig) -> None:
+        self.turn = OneAtATime()
         self.config = config
         self.token = uuid.uuid4().hex
         self.plan: StepPlan | None = None
@@ -49,11 +74,13 @@ class Session:
     @contextlib.contextmanager
     def labels(self, modality_labels: Any) -> Iterator[None]:
         """Within this context the calls' positions carry ``modality_labels``; see `Handle.labels`."""
-        before, self._labels = self._labels, check_labels(modality_labels)
-        try:
-            yield
-        finally:
-            self._labels = before
+        labels = check_labels(modality_labels)
+        with self.turn:
+            before, self._labels = self._labels, labels
+            try:
+                yield
+            finally:
+                self._labels = before
 
     def labels_for(self, batch: int) -> np.ndarray | None:
         """The labels in force for a call of ``batch`` samples, repeated as `generate` repeats samples."""
@@ -115,10 +142,13 @@ class Session:
 def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
     """Modality labels as int8 numpy [batch, length]. Raises TypeError or ValueError saying what is accepted."""
     accepted = "modality_labels must be whole numbers [batch, length]: 0 text, 1 visual, 2 audio, 3 joint, -1 padding"
-    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    try:
+        array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    except ValueError:  # rows of unequal length
+        raise ValueError(f"{accepted}; got rows of unequal length") from None
     if array.dtype.kind not in "iu":
         raise TypeError(f"{accepted}; got dtype {array.dtype}")
-    if array.ndim != 2 or (batch is not None and array.shape[0] != batch):
+    if array.ndim != 2 or len(array) == 0 or (batch is not None and len(array) != batch):
         expected = "" if batch is None else f" (batch {batch})"
         raise ValueError(f"{accepted}; got shape {list(array.shape)}{expected}")
     unknown = np.setdiff1d(array, (PADDING, TEXT, VISUAL, AUDIO, JOINT))
