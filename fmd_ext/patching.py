@@ -45,20 +45,32 @@ class Handle:
         self.why_not_fused = "the decoder runs as it is"
         self._restore: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
+        self._claims = 0  # calls of `patch` that have returned this handle, less the blocks that have ended
 
     def __repr__(self) -> str:
         return f"fmd_ext.Handle({type(self.model).__name__}, {self.adapter.name}, {self.config})"
 
+    @property
+    def is_in_force(self) -> bool:
+        """Whether the model is patched, and by this patch."""
+        return handle_of(self.model) is self
+
     def unpatch(self) -> None:
-        """The same as `unpatch` on the model."""
-        unpatch(self.model)
+        """Restores the model as it was before. Raises ValueError when this patch is not in force."""
+        if not self.is_in_force:
+            raise ValueError(f"this patch of {type(self.model).__name__} is not in force any more")
+        self.remove()
 
     def __enter__(self) -> Handle:
+        if not self.is_in_force:
+            raise ValueError(f"this patch of {type(self.model).__name__} is not in force any more: patch it again")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """``with patch(model): ...`` unpatches at the end."""
-        self.unpatch()
+        """``with patch(model): ...`` unpatches at the end, unless the model was patched like that before the block."""
+        self._claims -= 1
+        if self._claims < 1 and self.is_in_force:
+            self.remove()
 
     @property
     def last_plan(self) -> StepPlan | None:
@@ -120,6 +132,7 @@ class Handle:
             else:
                 module.__dict__[name] = value
         self._hooks, self._restore = [], []
+        self.runner.forget()
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         self._restore.append((module, name, module.__dict__.get(name, _Absent)))
@@ -174,13 +187,18 @@ def patch(
         **overrides: fields of `FMDConfig` that replace those of ``config``.
 
     Returns:
-        A `Handle`. Patching again with equal settings returns the handle in force.
+        A `Handle`, also a context that unpatches at its end. Patching again with equal settings returns the handle in
+        force, and a block around that leaves the model as it was before the block: patched.
 
     Raises:
         TypeError: an unsupported model, or a setting of the wrong type.
         ValueError: a setting out of range, or a model that is patched already with other settings. The model is left
             as it was.
     """
+    if config is not None and not isinstance(config, FMDConfig):
+        raise TypeError(f"config must be an FMDConfig, got {config!r}; single settings are given by name: alpha=0.8")
+    if runner not in (None, True, False):
+        raise TypeError(f"runner must be True, False or None, got {runner!r}")
     chosen = find_adapter(model, adapter)
     decoder = chosen.find_decoder(model)
     resolved = (config or FMDConfig()).replace(**overrides).resolve(chosen.defaults, len(decoder.layers))
@@ -192,11 +210,13 @@ def patch(
     current = handle_of(model)
     if current is not None:
         if (current.config, current.adapter, current.runner.wanted) == (resolved, chosen, runner):
+            current._claims += 1
             return current
         also = "" if current.config != resolved else f", {current.adapter.name} and runner={current.runner.wanted}"
         raise ValueError(f"the model is patched already, with {current.config}{also}; unpatch it first")
     handle = Handle(model, chosen, resolved, runner)
     handle.install()
+    handle._claims = 1
     return handle
 
 

@@ -270,11 +270,42 @@ def test_patching_twice(thinker):
         fmd_ext.unpatch(thinker)
 
 
-def test_the_full_model_is_patched_in_its_thinker(omni):
-    handle = fmd_ext.patch(omni, fork_layers=1)
-    assert handle.entry is omni.thinker
-    assert fmd_ext.patch(omni.thinker, fork_layers=1) is handle
-    fmd_ext.unpatch(omni)
+def test_a_block_leaves_the_model_as_it_was_before(thinker):
+    """Patched, where a caller had patched it alike; and whatever the block itself did about it."""
+    outer = fmd_ext.patch(thinker, fork_layers=2)
+    with fmd_ext.patch(thinker, fork_layers=2) as handle:
+        assert handle is outer
+    assert outer.is_in_force
+    with outer:
+        pass
+    assert not outer.is_in_force
+    with fmd_ext.patch(thinker, fork_layers=2):
+        with fmd_ext.patch(thinker, fork_layers=2) as handle:
+            pass
+        assert handle.is_in_force
+    assert fmd_ext.handle_of(thinker) is None
+    with pytest.raises(KeyError), fmd_ext.patch(thinker) as handle:
+        handle.unpatch()
+        raise KeyError  # is not hidden by an error about the patch
+
+
+def test_a_handle_of_the_past_does_nothing(thinker):
+    old = fmd_ext.patch(thinker, fork_layers=2)
+    old.unpatch()
+    with fmd_ext.patch(thinker, fork_layers=3) as now:
+        for use in (old.unpatch, old.__enter__):
+            with pytest.raises(ValueError, match="is not in force any more"):
+                use()
+        assert now.is_in_force
+
+
+@pytest.mark.parametrize("part", ["full", "thinker"])
+def test_the_full_model_is_patched_in_its_thinker(omni, part):
+    patched, other = (omni, omni.thinker) if part == "full" else (omni.thinker, omni)
+    handle = fmd_ext.patch(patched, fork_layers=1)
+    assert handle.entry is omni.thinker and fmd_ext.handle_of(other) is handle
+    assert fmd_ext.patch(other, fork_layers=1) is handle
+    fmd_ext.unpatch(other)
     assert fmd_ext.handle_of(omni) is None and fmd_ext.handle_of(omni.thinker) is None
 
 

@@ -25,6 +25,20 @@ def test_unknown_adapter(thinker):
         fmd_ext.patch(thinker, adapter="qwen")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "settings", "says"),
+    [
+        (({"alpha": 0.5},), {}, "config must be an FMDConfig, got {'alpha': 0.5}; single settings are given by name"),
+        ((), {"runner": "yes"}, "runner must be True, False or None, got 'yes'"),
+        ((), {"fork_layer": 2}, "unknown FMD setting 'fork_layer'; the settings are fork_layers"),
+    ],
+)
+def test_arguments_of_the_wrong_type(thinker, arguments, settings, says):
+    with pytest.raises(TypeError, match=says):
+        fmd_ext.patch(thinker, *arguments, **settings)
+    assert fmd_ext.handle_of(thinker) is None
+
+
 @pytest.mark.parametrize("settings", [{"fork_layers": 5}, {"alpha": 2}, {"masking": "off"}])
 def test_bad_settings_leave_the_model_alone(thinker, settings):
     forward = thinker.forward
@@ -51,6 +65,8 @@ def test_a_decoder_that_turns_out_unsupported_is_not_half_patched(thinker):
         (torch.full((1, 31), 4), ValueError, r"0 text, 1 visual, 2 audio, 3 joint, -1 padding; got \[4\]"),
         (torch.zeros(1, 31), TypeError, "got dtype float32"),
         ([["text", "audio"]], TypeError, "got dtype"),
+        ([[0, 1], [2]], ValueError, "got rows of unequal length"),
+        (torch.zeros(0, 5, dtype=torch.long), ValueError, r"got shape \[0, 5\]"),
     ],
 )
 def test_bad_labels(thinker, labels, error, says):

@@ -357,6 +357,8 @@ def test_patching_again_and_copies(thinker):
     assert own.decoder is twin.get_decoder()
     assert twin.generate(**inputs, **GREEDY).tolist() == expected
     assert len(own._steps) == len(handle.runner._steps) == 1
+    handle.unpatch()
+    assert not handle.runner._steps, "a handle that is kept holds no pools"
 
 
 def test_a_mask_is_read_once_and_not_for_every_token(thinker, monkeypatch):

@@ -158,6 +158,11 @@ class DecodeRunner:
         while len(self._steps) > KEPT_STEPS:
             self._steps.popitem(last=False)
 
+    def forget(self) -> None:
+        """Lets go of all steps, their graphs and pools."""
+        self._steps.clear()
+        self._memory.clear()
+
     def _memory_of(self, device: torch.device) -> Any:
         """One memory pool for all graphs: they never run at the same time."""
         if device not in self._memory:
