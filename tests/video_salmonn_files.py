@@ -15,8 +15,9 @@ from transformers import (
     WhisperModel,
 )
 
+from fmd_ext.models.loading import merge_lora
 from fmd_ext.models.video_salmonn import VideoSalmonnConfig, VideoSalmonnForConditionalGeneration
-from fmd_ext.models.video_salmonn.checkpoint import merge_lora, our_names
+from fmd_ext.models.video_salmonn.checkpoint import our_names
 from seeded_weights import seeded_tensor
 
 RECORDED = np.load(Path(__file__).parent / "fixtures" / "video_salmonn.npz")

@@ -21,14 +21,17 @@ from fmd_ext.cli.errors import UserError, blaming_input
 from fmd_ext.config import FMDConfig
 from fmd_ext.tiny import RANDOM_MARK
 
-# The class that answers in text ("module:class"), by the configuration's model_type. Of the full omni models only the
-# thinker is loaded: the talker and the speech decoder would take memory for nothing.
+# The class that answers in text ("module:class"), by the configuration's model_type; by the architecture that it names,
+# where published configurations borrow another model's type. Of the full omni models only the thinker is loaded: the
+# talker and the speech decoder would take memory for nothing.
 MODEL_CLASSES = {
     "qwen2_5_omni": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen2_5_omni_thinker": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "video_salmonn": "fmd_ext.models.video_salmonn:VideoSalmonnForConditionalGeneration",
+    "video_salmonn2_plus": "fmd_ext.models.video_salmonn2_plus:VideoSalmonn2PlusForConditionalGeneration",
+    "video_SALMONN2_plus": "fmd_ext.models.video_salmonn2_plus:VideoSalmonn2PlusForConditionalGeneration",
     "videollama2_qwen2": "fmd_ext.models.videollama2:VideoLlama2Qwen2ForConditionalGeneration",
     "videollama2_mistral": "fmd_ext.models.videollama2:VideoLlama2MistralForConditionalGeneration",
 }
@@ -82,18 +85,20 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
         return LoadedModel(model if device is None else model.to(device), processor, name, False)
     with blaming_input(OSError, ValueError, prefix=f"model {name}: "):
         config = transformers.AutoConfig.from_pretrained(source)
-    if config.model_type not in MODEL_CLASSES:
+    kind = next((name for name in config.architectures or () if name in MODEL_CLASSES), config.model_type)
+    if kind not in MODEL_CLASSES:
         raise UserError(
             f"model {name} is of type {config.model_type!r}; supported types are {', '.join(sorted(MODEL_CLASSES))}"
         )
-    module, _, class_name = MODEL_CLASSES[config.model_type].partition(":")
+    module, _, class_name = MODEL_CLASSES[kind].partition(":")
     if module == "transformers" and importlib.util.find_spec("torchvision") is None:
         raise UserError(
             "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
         )
-    with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
-        processor = transformers.AutoProcessor.from_pretrained(source)
     model_class = getattr(importlib.import_module(module), class_name)
+    processor_class = getattr(model_class, "processor_class", transformers.AutoProcessor)
+    with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
+        processor = processor_class.from_pretrained(source)
     with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
         model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **placement)
     if report["missing_keys"]:

@@ -1,8 +1,14 @@
-"""Checkpoints that do not fit are refused, where transformers would fill the holes with random weights."""
+"""Checkpoints that do not fit are refused, where transformers would fill the holes with random weights; LoRA merged."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
+
+import torch
+
+_LORA = re.compile(r"^(language_model\.layers\.\d+\.\w+\.\w+)\.lora_([AB])\.(?:\w+\.)?weight$")
 
 
 class CompleteCheckpoints:
@@ -26,17 +32,46 @@ class CompleteCheckpoints:
             others = sorted(report["unexpected_keys"])
             hint = f"; it holds {len(others)} others, such as {others[0]}" if others else ""
             raise ValueError(
-                f"{source} is no complete {cls.__name__}: it lacks {len(missing)} tensors: {_few(missing)}{hint}"
+                f"{source} is no complete {cls.__name__}: it lacks {len(missing)} tensors: {some(missing, 5)}{hint}"
             )
         unfit = sorted(
             f"{name} is {list(has)} instead of {list(wants)}" for name, has, wants in report["mismatched_keys"]
         )
         if unfit and not ignore_mismatched_sizes:
             raise ValueError(
-                f"{source} does not fit its configuration in the shape of {len(unfit)} tensors: {_few(unfit)}"
+                f"{source} does not fit its configuration in the shape of {len(unfit)} tensors: {some(unfit, 5)}"
             )
         return (model, report) if output_loading_info else model
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def merge_lora(state: dict[str, torch.Tensor], alpha: float, file: str) -> dict[str, torch.Tensor]:
+    """Adds ``alpha / rank * B @ A`` to the decoder's weights.
+
+    Raises ValueError when LoRA weights are missing: none at all, half a pair, or a layer without.
+    """
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        found = _LORA.match(name)
+        if found:
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            rest[name.replace(".base_layer.", ".")] = tensor
+    layers = {name.split(".")[2] for name in rest if name.startswith("language_model.layers.")}
+    kinds = {name.split(".", 3)[3] for name in pairs}
+    expected = {f"language_model.layers.{layer}.{kind}" for layer in layers for kind in kinds}
+    missing = [f"{name}.lora_{half}" for name in sorted(expected) for half in "AB" if half not in pairs.get(name, {})]
+    if missing or not pairs:
+        raise ValueError(f"{file} lacks LoRA weights: {some(missing) if pairs else 'it has none'}")
+    for name, pair in pairs.items():
+        weight = rest.get(f"{name}.weight")
+        if weight is None:
+            continue  # named by the check of the whole state
+        change = pair["B"].float() @ pair["A"].float() * (alpha / len(pair["A"]))
+        rest[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+    return rest
+
+
+def some(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -25,7 +25,11 @@ def _makers(family: str) -> tuple[Any, Any, Any]:
         from fmd_ext.tiny.videollama2 import processor_for, tiny_videollama2  # only here: our ports take time to import
 
         return tiny_videollama2, None, processor_for
-    raise ValueError(f"family {family!r}: accepted are qwen2_5_omni, qwen3_omni, videollama2")
+    if family == "video_salmonn2_plus":
+        from fmd_ext.tiny.video_salmonn2_plus import processor_for, tiny_video_salmonn2_plus
+
+        return tiny_video_salmonn2_plus, None, processor_for
+    raise ValueError(f"family {family!r}: accepted are qwen2_5_omni, qwen3_omni, videollama2, video_salmonn2_plus")
 
 
 def save_random_model(
@@ -40,8 +44,9 @@ def save_random_model(
         folder: created if missing; files of an earlier model in it are replaced.
         seed: of the weights.
         speech: the full model with talker and speech decoder instead of the thinker alone.
-        family: ``"qwen2_5_omni"``, ``"qwen3_omni"`` or ``"videollama2"``.
-        dims: see ``tiny_thinker_config``, ``tiny_qwen3_thinker_config`` and ``tiny_videollama2_config``.
+        family: ``"qwen2_5_omni"``, ``"qwen3_omni"``, ``"videollama2"`` or ``"video_salmonn2_plus"``.
+        dims: see ``tiny_thinker_config``, ``tiny_qwen3_thinker_config``, ``tiny_videollama2_config`` and
+            ``tiny_video_salmonn2_plus_config``.
     """
     folder = Path(folder)
     thinker_alone, full, processor = _makers(family)

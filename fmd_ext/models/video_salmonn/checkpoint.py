@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from transformers import (
     WhisperModel,
 )
 
+from fmd_ext.models.loading import merge_lora, some
+
 from .configuration import VideoSalmonnConfig
 from .modeling import VideoSalmonnForConditionalGeneration
 from .processing import VideoSalmonnProcessor
@@ -40,8 +42,6 @@ HUB_NAMES = {
     "whisper-large-v2": "openai/whisper-large-v2",
     "bert-base-uncased": "google-bert/bert-base-uncased",
 }
-
-_LORA = re.compile(r"^(language_model\.layers\.\d+\.\w+\.\w+)\.lora_([AB])\.(?:\w+\.)?weight$")
 
 # The official model holds these modules under several names; a checkpoint may use any of them.
 _ALIASES = (
@@ -186,34 +186,6 @@ def our_names(official: Mapping[str, torch.Tensor], vision_layers: int) -> dict[
     return renamed
 
 
-def merge_lora(state: dict[str, torch.Tensor], alpha: float, file: str) -> dict[str, torch.Tensor]:
-    """Adds ``alpha / rank * B @ A`` to the decoder's weights.
-
-    Raises ValueError when LoRA weights are missing: none at all, half a pair, or a layer without.
-    """
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    rest: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        found = _LORA.match(name)
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
-        else:
-            rest[name.replace(".base_layer.", ".")] = tensor
-    layers = {name.split(".")[2] for name in rest if name.startswith("language_model.layers.")}
-    kinds = {name.split(".", 3)[3] for name in pairs}
-    expected = {f"language_model.layers.{layer}.{kind}" for layer in layers for kind in kinds}
-    missing = [f"{name}.lora_{half}" for name in sorted(expected) for half in "AB" if half not in pairs.get(name, {})]
-    if missing or not pairs:
-        raise ValueError(f"{file} lacks LoRA weights: {_some(missing) if pairs else 'it has none'}")
-    for name, pair in pairs.items():
-        weight = rest.get(f"{name}.weight")
-        if weight is None:
-            continue  # named by the check of the whole state
-        change = pair["B"].float() @ pair["A"].float() * (alpha / len(pair["A"]))
-        rest[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
-    return rest
-
-
 def check_state(state: Mapping[str, torch.Tensor], config: VideoSalmonnConfig) -> None:
     """Raises ValueError that names tensors of our model that ``state`` lacks, strange ones, and other shapes."""
     with torch.device("meta"):
@@ -227,14 +199,9 @@ def check_state(state: Mapping[str, torch.Tensor], config: VideoSalmonnConfig) -
             if name in state and state[name].shape != tensor.shape
         ],
     }
-    said = [f"{len(names)} tensors are {kind}: {_some(names)}" for kind, names in faults.items() if names]
+    said = [f"{len(names)} tensors are {kind}: {some(names)}" for kind, names in faults.items() if names]
     if said:
         raise ValueError(f"these files do not make a video-SALMONN; {'; '.join(said)}")
-
-
-def _some(names: Iterable[str], most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _one(folder: Path, pattern: str) -> Path:
