@@ -9,6 +9,7 @@ import pytest
 
 from eval_data import FILES, MUSIC_AVQA, VIDEOS, records, write_benchmark, write_json
 from fmd_ext.eval.benchmarks import BENCHMARKS, DataError, load, select
+from fmd_ext.eval.benchmarks.base import Findings
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,23 @@ def test_a_video_that_is_there_twice_is_named(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/00002.mp4").write_bytes((tmp_path / "video/00002.mp4").read_bytes())
     assert any("video 00002 is there 2 times" in line for line in load("avhbench", tmp_path).malformed)
+
+
+def test_videos_lie_behind_links_and_under_paths(tmp_path):
+    """Of two videos of a name the one under the path that the question gives; a link in a circle ends somewhere."""
+    disk, data = tmp_path / "disk", tmp_path / "data"
+    for place in ("a/clip.mp4", "ba/clip.mp4", "other.v2.mp4"):
+        (disk / place).parent.mkdir(parents=True, exist_ok=True)
+        (disk / place).touch()
+    (disk / "circle").symlink_to(disk)
+    data.mkdir()
+    (data / "videos").symlink_to(disk)
+    findings = Findings(data)
+    for name in ("a/clip.mp4", "./a/clip", "/videos/a/clip.mp4"):
+        assert findings.video(name) == data / "videos/a/clip.mp4"
+    assert findings.video("videos/other.v2.mp4") == findings.video("other.v2") == data / "videos/other.v2.mp4"
+    assert findings.malformed == [] and findings.missing == {}
+    assert findings.video("c/clip.mp4") is None and list(findings.missing) == ["c/clip.mp4"]
 
 
 def test_lines_and_parquet_read_as_lists_do(folders):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class Findings:
         self.malformed: list[str] = []
         self.missing: dict[str, None] = {}
         self._by_name: dict[str, list[Path]] = collections.defaultdict(list)
-        for path in sorted(folder.rglob("*")):
+        for path in _files_below(folder):
             if path.suffix.lower() in MEDIA and path.is_file():
                 self._by_name[path.stem].append(path)
 
@@ -89,11 +89,8 @@ class Findings:
         stem = Path(name).stem if Path(name).suffix.lower() in MEDIA else Path(name).name
         found = self._by_name.get(stem, [])
         if "/" in name:
-            found = [
-                path
-                for path in found
-                if path.with_suffix("").as_posix().endswith(Path(name).with_suffix("").as_posix())
-            ]
+            parts = (*Path(name.lstrip("/")).parts[:-1], stem)
+            found = [path for path in found if (*path.parts[:-1], path.stem)[-len(parts) :] == parts]
         if len(found) > 1:
             self.malformed.append(f"video {name} is there {len(found)} times: {found[0]}, {found[1]}")
         if not found:
@@ -116,6 +113,21 @@ class Findings:
             if path.is_file():
                 return _spoken(path.read_text(encoding="utf-8", errors="replace"))
         return ""
+
+
+def _files_below(folder: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Files in the folder and below it, also behind links: videos often lie on another disk.
+
+    ``around``: the folders it lies in, so that a link to one of them is not followed forever.
+    """
+    own = folder.resolve()
+    if own in around:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path, (*around, own))
+        else:
+            yield path
 
 
 def read_records(
