@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fmd_ext
 from fmd_ext import _library, ops
 from fmd_ext.chat import prepare_inputs
 from fmd_ext.cli import main
@@ -117,7 +118,10 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
         ((*ASK, "--masking", "none"), "argument --masking: invalid choice: 'none'"),
         ((*ASK, "--vanilla", "--compare"), "not allowed with argument --vanilla"),
         ((*ASK, "--fps", "0"), "argument --fps: must be above 0, got 0"),
+        ((*ASK, "--fps", "two"), "argument --fps: must be a number, got 'two'"),
+        ((*ASK, "--text-weight", "half"), "argument --text-weight: must be a number, got 'half'"),
         ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
+        ((*ASK, "--max-frames", "many"), "argument --max-frames: must be a whole number, got 'many'"),
         ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
         ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N and spread"),
         ((*ASK, "--model", "./nowhere"), "model ./nowhere: there is no such folder"),
@@ -162,6 +166,10 @@ def test_without_torchvision_ask_says_what_to_install(fmd, folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, out, err = fmd("ask", folder / "clip.mp4", "What?")
     assert code == 2 and out == "" and "pip install 'fmd-ext[omni]'" in err
+
+
+def test_the_version(fmd):
+    assert fmd("--version")[:2] == (0, f"fmd_ext {fmd_ext.__version__}\n")
 
 
 def test_debug_shows_where_an_error_comes_from(folder):

@@ -82,6 +82,7 @@ def test_a_given_depth_needs_no_validation(fmd, folder):
         (["--depths", "0,1"], "argument --depths: must be 1 or more, got 0"),
         (["--benchmark", "nothing"], "unknown benchmark 'nothing'"),
         (["--data", "nowhere"], "no such folder: nowhere"),
+        (["--out", "nowhere/fmd.json"], "--out nowhere/fmd.json: there is no folder "),
     ],
 )
 def test_wrong_input_is_told_before_the_model_is_loaded(fmd, arguments, message):

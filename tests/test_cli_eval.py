@@ -95,6 +95,17 @@ def test_list(fmd):
     assert code == 0 and "avhbench" in out and "fmd-zero" in out and "mask_scale" in out
 
 
+def test_a_folder_that_cannot_be_written_is_named(fmd, data, tmp_path):
+    """A file in its place stands for a disk that is full or not ours."""
+    (tmp_path / "file").touch()
+    run = ["--benchmark", "avqa", "--data", data, "--model", data.parent / "model", "--limit", "1", *QUICK]
+    code, _, err = fmd(*run, "--output", tmp_path / "file")
+    assert code == 2 and f"{tmp_path / 'file'}" in err and "Traceback" not in err
+    assert fmd(*run, "--method", "vanilla", "--output", tmp_path / "results")[0] == 0
+    code, _, err = fmd("--score-only", "--output", tmp_path / "results", "--report", tmp_path / "file" / "report.html")
+    assert code == 2 and f"{tmp_path / 'file'}" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

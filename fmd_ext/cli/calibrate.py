@@ -40,6 +40,8 @@ from fmd_ext.media import MediaError
 def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     _refuse(config)
+    if not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent}")
     with blaming_input(ImportError):
         from fmd_ext.eval.scores import evaluate  # needs scipy
     if args.plots is not None:
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
         with blaming_input(ImportError):
             matplotlib_()
-    with blaming_input(DataError, ValueError):
+    with blaming_input(DataError, ValueError, OSError):
         loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
     there = [item for item in loaded.items if item.path is not None]
     if not there:
@@ -173,7 +175,7 @@ def _answer(
         reading=reading,
         context_limit=model.context_limit,
     )
-    with blaming_input(ResultsError, ValueError, TypeError), notes_from_warnings():
+    with blaming_input(ResultsError, ValueError, TypeError, OSError), notes_from_warnings():
         settings = run_settings(args, loaded, model, decoding, reading)
         results.begin({**settings, "chosen": [item.id for item in items]}, loaded.items)
         runner.run(items, batch_size=args.batch_size)

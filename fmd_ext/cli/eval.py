@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return _score(args, Results(args.output))
     if args.benchmark is None or args.data is None:
         raise UserError("--benchmark and --data say what to ask (or --score-only, --list)")
-    with blaming_input(DataError, ValueError):
+    with blaming_input(DataError, ValueError, OSError):
         loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
         items = select(loaded.items, limit=args.limit, ids=args.item, categories=args.category)
         choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
@@ -91,7 +91,7 @@ def _answer(
         reading=reading,
         context_limit=model.context_limit,
     )
-    with blaming_input(ResultsError, ValueError, TypeError), notes_from_warnings():
+    with blaming_input(ResultsError, ValueError, TypeError, OSError), notes_from_warnings():
         in_force = {}
         for choice in choices:  # a setting out of range is found before the first question
             with choice.applied(model.model) as settings:
@@ -102,7 +102,7 @@ def _answer(
     if rank != 0:
         return 0
     if args.speed:
-        with blaming_input(ValueError), notes_from_warnings():
+        with blaming_input(ValueError, OSError), notes_from_warnings():
             write_speed(results, measure(runner, items[: args.speed]))
     return _score(args, results)
 
@@ -110,9 +110,9 @@ def _answer(
 def _score(args: argparse.Namespace, results: Results) -> int:
     from fmd_ext.eval.scores import evaluate, write_scores
 
-    with blaming_input(ResultsError, DataError):
+    with blaming_input(ResultsError, DataError, OSError):
         evaluation = evaluate(results, baseline=args.baseline)
-    write_scores(results, evaluation)
+        write_scores(results, evaluation)
     console = Console()
     if not console.is_terminal:  # in a file nothing needs to be squeezed into 80 columns
         console = Console(width=180)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from fmd_ext import __version__
 from fmd_ext.cli.errors import UserError, notes_from_log
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -45,6 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fmd-ext", description="Fork-merge decoding for audio-visual language models.")
+    parser.add_argument("--version", action="version", version=f"fmd_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     ask = commands.add_parser("ask", help="ask a model about a clip")
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="hold a model, with its own weights, to two plain passes of itself")
     verify.add_argument("clip", metavar="CLIP", nargs="?", help="video with sound (default: one made on the spot)")
     verify.add_argument("--question", default="What can be seen and heard?", help="what to ask (%(default)r)")
-    verify.add_argument("--fork-layers", type=int, metavar="N", help="decoder layers that run once per branch")
+    verify.add_argument("--fork-layers", type=_whole, metavar="N", help="decoder layers that run once per branch")
     _add_model(verify)
     _add_generation(verify, max_new_tokens=8)
     _add_reading(verify)
@@ -129,10 +131,10 @@ def _add_eval(commands: Any) -> None:
         help="by commas, with settings by colons: vanilla,fmd-zero:fork_layers=7:alpha=0.9 (%(default)s)",
     )
     how.add_argument("--batch-size", type=_positive_int, default=1, metavar="N", help="questions at once (%(default)s)")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="above 0 samples (0: greedy)")
-    how.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the likeliest tokens (%(default)s)")
+    how.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="above 0 samples (0: greedy)")
+    how.add_argument("--top-p", type=_number, default=1.0, metavar="P", help="of the likeliest tokens (%(default)s)")
     how.add_argument("--samples", type=_positive_int, default=1, metavar="N", help="answers per question (%(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    how.add_argument("--seed", type=_whole, default=0, help="of sampling (%(default)s)")
     out = parser.add_argument_group("results")
     out.add_argument("--output", metavar="FOLDER", help="resumed if it exists (results/BENCHMARK-MODEL)")
     out.add_argument("--score-only", action="store_true", help="score the folder again, without model and data")
@@ -181,11 +183,16 @@ def _add_calibrate(commands: Any) -> None:
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading the clip")
-    group.add_argument("--fps", type=_positive_float, help="frames per second shown to the model (2, or the model's)")
-    group.add_argument("--max-frames", type=_positive_int, help="at most so many frames (128, or the model's)")
+    group.add_argument(
+        "--fps", type=_positive_float, metavar="N", help="frames per second shown to the model (2, or the model's)"
+    )
+    group.add_argument(
+        "--max-frames", type=_positive_int, metavar="N", help="at most so many frames (128, or the model's)"
+    )
     group.add_argument(
         "--max-frame-pixels",
         type=_positive_int,
+        metavar="N",
         help="scale frames to at most so many pixels; fewer pixels, fewer tokens",
     )
 
@@ -198,9 +205,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--fork-layers", type=_layers, metavar="N", help="decoder layers that run once per branch: a number, or auto"
     )
     group.add_argument("--masking", choices=("zero", "attention"), help="how a branch loses the other modality")
-    group.add_argument("--mask-scale", type=float, metavar="S", help="factor on masked embeddings (zero masking)")
+    group.add_argument("--mask-scale", type=_number, metavar="S", help="factor on masked embeddings (zero masking)")
     group.add_argument("--alpha", type=_alpha, metavar="A", help="merge weight: a number, visual=A,audio=B, or auto")
-    group.add_argument("--text-weight", type=float, metavar="W", help="weight of the visual branch at text positions")
+    group.add_argument("--text-weight", type=_number, metavar="W", help="weight of the visual branch at text positions")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -237,15 +244,22 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def _positive_int(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
     return value
@@ -263,14 +277,21 @@ def _name_value(text: str) -> tuple[str, str]:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if not 0 <= value < 1_000_000:
         raise argparse.ArgumentTypeError(f"must be 0 to 999999, got {value}")
     return value
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
 def _positive_float(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
