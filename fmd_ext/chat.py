@@ -212,16 +212,21 @@ def check_sound(extractor: Any, clip: Clip, stacklevel: int) -> None:
         extractor: Whisper's feature extractor, with ``sampling_rate`` and ``n_samples``.
         stacklevel: of the warning, counted from the caller.
     """
-    if clip.sampling_rate != extractor.sampling_rate:
-        raise ValueError(
-            f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
-            f"load it with sampling_rate={extractor.sampling_rate}"
-        )
+    check_sampling_rate(extractor, clip)
     if clip.audio.size > extractor.n_samples:
         seconds = extractor.n_samples / extractor.sampling_rate
         heard = clip.audio.size / clip.sampling_rate
         warnings.warn(
             f"the model hears only the first {seconds:g} s of {heard:.1f} s of sound", stacklevel=stacklevel + 1
+        )
+
+
+def check_sampling_rate(extractor: Any, clip: Clip) -> None:
+    """Raises ValueError for a clip whose sampling rate is not the extractor's ``sampling_rate``."""
+    if clip.sampling_rate != extractor.sampling_rate:
+        raise ValueError(
+            f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
+            f"load it with sampling_rate={extractor.sampling_rate}"
         )
 
 

@@ -10,6 +10,7 @@ from .qwen2_5_omni import QWEN2_5_OMNI
 from .qwen3_omni import QWEN3_OMNI
 from .text_decoder import TEXT_DECODER
 from .video_salmonn import VIDEO_SALMONN
+from .video_salmonn2 import VIDEO_SALMONN2
 from .video_salmonn2_plus import VIDEO_SALMONN2_PLUS
 from .videollama2 import VIDEOLLAMA2
 
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen2_5_omni": QWEN2_5_OMNI,
     "qwen3_omni": QWEN3_OMNI,
     "video_salmonn": VIDEO_SALMONN,
+    "video_salmonn2": VIDEO_SALMONN2,
     "video_salmonn2_plus": VIDEO_SALMONN2_PLUS,
     "videollama2": VIDEOLLAMA2,
     "text": TEXT_DECODER,

@@ -30,6 +30,7 @@ MODEL_CLASSES = {
     "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
     "video_salmonn": "fmd_ext.models.video_salmonn:VideoSalmonnForConditionalGeneration",
+    "video_salmonn_2": "fmd_ext.models.video_salmonn2:VideoSalmonn2ForConditionalGeneration",
     "video_salmonn2_plus": "fmd_ext.models.video_salmonn2_plus:VideoSalmonn2PlusForConditionalGeneration",
     "video_SALMONN2_plus": "fmd_ext.models.video_salmonn2_plus:VideoSalmonn2PlusForConditionalGeneration",
     "videollama2_qwen2": "fmd_ext.models.videollama2:VideoLlama2Qwen2ForConditionalGeneration",

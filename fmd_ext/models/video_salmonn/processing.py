@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 
 from fmd_ext.chat import check_sound
 from fmd_ext.media import Clip
+from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.beats import fbank
 
 SECONDS_OF_PICTURE = 60
@@ -99,8 +100,8 @@ class VideoSalmonnProcessor(ProcessorMixin):
             features = self._features(clips[0]) if clips else {}
             ids = [self.tokenizer.bos_token_id, *self._ids(before), *self._placeholders(features), *self._ids(after)]
             samples.append(features)
-            rows.append(torch.tensor(ids))
-        inputs = self._padded_prompts(rows)
+            rows.append(ids)
+        inputs = padded_prompts(self.tokenizer, rows)
         questions = self.qformer_tokenizer(
             [question for _, question in conversations],
             padding="longest",
@@ -165,23 +166,12 @@ class VideoSalmonnProcessor(ProcessorMixin):
         groups = -(-max(frames, audio_frames) // self.frames_per_group)
         return [token] * (groups * self.num_joint_queries)
 
-    def _padded_prompts(self, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        ids = [F.pad(row, (longest - len(row), 0), value=pad) for row in rows]
-        mask = [F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows]
-        return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask)}
-
 
 def _stacked(samples: list[dict[str, torch.Tensor]], name: str, count: str | None = None) -> dict[str, torch.Tensor]:
-    """``name`` of all samples [batch, longest, ...], zero where a sample is shorter or lacks it; ``count``: lengths."""
-    present = [sample[name] for sample in samples if name in sample]
-    if not present:
+    """``name`` of the samples that have it [batch, longest, ...]; under ``count`` how long each is."""
+    own = [sample.get(name) for sample in samples]
+    whole = stacked(own)
+    if whole is None:
         return {}
-    lengths = [len(sample[name]) if name in sample else 0 for sample in samples]
-    stacked = present[0].new_zeros(len(samples), max(lengths), *present[0].shape[1:])
-    for row, sample in zip(stacked, samples, strict=True):
-        if name in sample:
-            row[: len(sample[name])] = sample[name]
-    return {name: stacked} if count is None else {name: stacked, count: torch.tensor(lengths)}
+    lengths = torch.tensor([0 if one is None else len(one) for one in own])
+    return {name: whole} if count is None else {name: whole, count: lengths}

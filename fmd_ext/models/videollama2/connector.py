@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import nn
 
+from fmd_ext.models.llava import mlp
+
 
 class STCConnector(nn.Module):
     """RegNet stage over each frame, a strided 3D convolution over time and space, a second stage, an MLP.
@@ -33,14 +35,6 @@ class STCConnector(nn.Module):
         hidden = self.sampler(hidden.unflatten(0, (batch, frames)).transpose(1, 2))  # [batch, channels, t, h, w]
         hidden = self.s2(hidden.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1))  # [batch, t, channels, h, w]
         return self.readout(hidden.permute(0, 1, 3, 4, 2).flatten(1, 3))
-
-
-def mlp(depth: int, in_channels: int, channels: int) -> nn.Sequential:
-    """``depth`` linear layers with GELU between them."""
-    layers: list[nn.Module] = [nn.Linear(in_channels, channels)]
-    for _ in range(1, depth):
-        layers += [nn.GELU(), nn.Linear(channels, channels)]
-    return nn.Sequential(*layers)
 
 
 def _regnet_stage() -> functools.partial:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
     GenerationMixin,
     MistralModel,
     MistralPreTrainedModel,
@@ -23,17 +22,10 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fmd_ext.models.beats import Beats
+from fmd_ext.models.llava import VisionTower, mlp
 from fmd_ext.models.loading import CompleteCheckpoints
 from fmd_ext.models.videollama2.configuration import VideoLlama2MistralConfig, VideoLlama2Qwen2Config
-from fmd_ext.models.videollama2.connector import STCConnector, mlp
-
-
-class _VisionTower(nn.Module):
-    """Holds the encoder under the name that it has in the official model."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.vision_tower = AutoModel.from_config(config)
+from fmd_ext.models.videollama2.connector import STCConnector
 
 
 class _TowersMixin:
@@ -44,7 +36,7 @@ class _TowersMixin:
         vision = config.vision_config
         if vision is None:
             raise ValueError("the configuration names no vision tower (mm_vision_tower or vision_config)")
-        self.vision_tower = _VisionTower(vision)
+        self.vision_tower = VisionTower(vision)
         padding = int(config.mm_projector_type == "stc_connector")
         self.mm_projector = STCConnector(vision.hidden_size, config.hidden_size, padding)
         if config.audio_config is not None:

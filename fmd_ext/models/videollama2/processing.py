@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
 
 from fmd_ext.media import Clip, middles
+from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.beats import NUM_MEL_BINS, SAMPLING_RATE, fbank
 
 VIDEO, AUDIO = "<video>", "<audio>"  # placeholders in a prompt
@@ -138,13 +139,7 @@ class VideoLlama2Processor(ProcessorMixin):
         pictures = [[self._frames(clip.frames) for clip in own if clip.frames is not None] for own in clips]
         sounds = [[self._sound(clip) for clip in own if clip.audio is not None] for own in clips]
         rows = [self._ids(*sample) for sample in zip(text, pictures, sounds, strict=True)]
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        length = max(len(row) for row in rows)
-        inputs = {
-            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-        }
+        inputs = padded_prompts(self.tokenizer, rows)
         if any(pictures):
             inputs["pixel_values_videos"] = _stacked(pictures)
         if any(sounds):
@@ -228,9 +223,4 @@ def window_cuts(samples: int) -> list[tuple[int, int]]:
 
 def _stacked(samples: list[list[torch.Tensor]]) -> torch.Tensor:
     """[batch, most clips of a sample, ...], zeros where a sample has fewer."""
-    each = next(item for sample in samples for item in sample)
-    out = each.new_zeros((len(samples), max(map(len, samples)), *each.shape))
-    for row, sample in zip(out, samples, strict=True):
-        for index, item in enumerate(sample):
-            row[index] = item
-    return out
+    return stacked([torch.stack(own) if own else None for own in samples])
