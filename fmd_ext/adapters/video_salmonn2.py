@@ -13,4 +13,5 @@ VIDEO_SALMONN2 = Adapter(
         TokenSource("visual", "video_token_id", ("pixel_values_videos",)),
         TokenSource("audio", "audio_token_id", ("input_features",)),
     ),
+    rotary="apply_rotary_pos_emb",
 )
