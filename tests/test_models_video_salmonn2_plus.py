@@ -21,9 +21,9 @@ from video_salmonn2_plus_recorded import (
     ADAPTER_NAMES,
     BUFFER,
     CASES,
+    FULL,
     FULL_NAMES,
     NAMES,
-    PUBLISHED,
     RECORDED,
     SMALL,
     official_state,
@@ -101,7 +101,7 @@ def test_the_published_shape_has_the_official_names_and_shapes():
 
     Three rules bring official names to ours, which the tests of loading and saving show at work.
     """
-    config = VideoSalmonn2PlusConfig.from_dict({k: v for k, v in PUBLISHED.items() if k != "model_type"})
+    config = VideoSalmonn2PlusConfig.from_dict({k: v for k, v in FULL.items() if k != "model_type"})
     assert config.audio_config.num_tokens == 60 and config.mrope_positions == "inference"
     with torch.device("meta"):
         model = VideoSalmonn2PlusForConditionalGeneration(config)
@@ -116,6 +116,16 @@ def test_an_official_folder_loads_whole(folder):
     assert ours.keys() == {our_name(name) for name in official if name != BUFFER}
     assert all(torch.equal(ours[our_name(name)], tensor) for name, tensor in official.items() if name != BUFFER)
     assert type(VideoSalmonn2PlusProcessor.from_pretrained(folder)) is VideoSalmonn2PlusProcessor
+
+
+def test_a_head_that_is_tied_to_the_embeddings_need_not_be_there(tmp_path):
+    """As in the 3B model; one that is not tied must."""
+    state = {name: tensor for name, tensor in official_state().items() if name != "lm_head.weight"}
+    folder = write_official_folder(tmp_path / "tied", state, tie_word_embeddings=True)
+    model = VideoSalmonn2PlusForConditionalGeneration.from_pretrained(folder)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    with pytest.raises(ValueError, match="lacks 1 tensors: lm_head.weight"):
+        VideoSalmonn2PlusForConditionalGeneration.from_pretrained(write_official_folder(tmp_path / "torn", state))
 
 
 def test_a_saved_folder_has_the_official_names_and_is_known_to_the_auto_classes(model, folder, tmp_path):

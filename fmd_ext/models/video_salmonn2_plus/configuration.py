@@ -19,6 +19,11 @@ _QFORMER_NAMES = {"cross_attention_freq": "cross_attention_frequency"}
 _QFORMER = {"hidden_size": 3072, "num_hidden_layers": 2, "intermediate_size": 12288, "cross_attention_frequency": 1}
 
 
+def _settings(published: dict[str, Any]) -> dict[str, Any]:
+    """Without the type that a published part borrows, and without null, which stands for a default of its time."""
+    return {name: value for name, value in published.items() if value is not None and name != "model_type"}
+
+
 class VideoSalmonn2PlusAudioConfig(WhisperConfig):
     """Whisper's encoder (that of large v3, where nothing else is given) and the Q-Former that reads its windows.
 
@@ -49,9 +54,7 @@ class VideoSalmonn2PlusAudioConfig(WhisperConfig):
         if isinstance(given, dict):
             given = {_QFORMER_NAMES.get(name, name): value for name, value in given.items()}
             self.query_length = given.pop("query_length", self.query_length)
-            known = InstructBlipQFormerConfig().to_dict().keys() - {"model_type"}
-            settings = {**_QFORMER, **{name: value for name, value in given.items() if name in known}}
-            self.qformer_config = InstructBlipQFormerConfig(**settings)
+            self.qformer_config = InstructBlipQFormerConfig(**{**_QFORMER, **_settings(given)})
         self.qformer_config.encoder_hidden_size = self.d_model
         super().__post_init__(**kwargs)
 
@@ -91,8 +94,7 @@ class VideoSalmonn2PlusConfig(Qwen2_5_VLConfig):
         if self.mrope_positions not in SCHEMES:
             raise ValueError(f"mrope_positions {self.mrope_positions!r}: accepted are {', '.join(SCHEMES)}")
         if not isinstance(self.audio_config, PreTrainedConfig):
-            given = {name: value for name, value in (self.audio_config or {}).items() if name != "model_type"}
-            self.audio_config = VideoSalmonn2PlusAudioConfig(**given)
+            self.audio_config = VideoSalmonn2PlusAudioConfig(**_settings(self.audio_config or {}))
         super().__post_init__(**kwargs)
         self.audio_config.out_hidden_size = self.text_config.hidden_size
 
