@@ -15,6 +15,7 @@ from .config import AUTO, FMDConfig
 from .decoder import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
 from .deepstack import PackedDeepstack
 from .entry import EntryForward, EntryGenerate, ReadLabels
+from .norms import FusedNorm, is_plain
 from .plan import StepPlan
 from .rotary import FusedRotation, why_not_fused
 from .runner import DecodeRunner
@@ -118,6 +119,8 @@ class Handle:
         for module, reason in zip(attention, reasons, strict=True):
             if not reason:
                 self._override(module, "forward", FusedRotation, self.adapter.rotary)
+        for module in (m for part in (*decoder.layers, decoder.norm) for m in part.modules() if is_plain(m)):
+            self._override(module, "forward", FusedNorm)
         first = 1 if self.config.fork_layers == AUTO else self.config.fork_layers
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             hook = MergeHook(self.session, index)
