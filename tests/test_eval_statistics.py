@@ -97,6 +97,8 @@ def test_bootstrap_of_f1():
     assert estimate.low < estimate.value < estimate.high
     assert estimate == statistics.bootstrap(f1, columns, np.arange(400) // 4, seed=3)
     assert np.isnan(statistics.bootstrap(f1, np.zeros((4, 3))).value)  # 0 / 0 is not 0
+    perfect = statistics.bootstrap(f1, np.array([[1, 0, 0]] * 5))  # of which no resample says how sure it is
+    assert perfect.value == 1 and np.isnan([perfect.standard_error, perfect.low, perfect.high]).all()
 
 
 def test_compare_few_discordant_items_exactly():

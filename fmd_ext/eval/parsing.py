@@ -17,6 +17,9 @@ _ANNOUNCED = re.compile(
     r"\b(?:answer|option|choice)(?: here| to (?:the|this) question)?(?: is| would be|:)+:?\s*(.*)", re.S
 )
 
+# Behind a letter: "or C", ", C", "/C"; not ", A dog barks".
+_ANOTHER = re.compile(r"[\s.):\]]*(?:,|/|&|or\b|and\b)\s*(?:or\s|and\s)?[(\[]?([A-Z])(?![A-Za-z'’]|(?<=[AI])\s+[a-z])")
+
 
 def parse_answer(item: Item, text: str) -> str | None:
     """The answer to ``item`` that ``text`` gives, normalised like ``item.answer``; None where it gives none.
@@ -104,6 +107,8 @@ def _leading_letter(text: str, letters: list[str]) -> str | None:
     if not match or match[1].upper() not in letters:
         return None
     letter, rest = match[1].upper(), text[match.end() :]
+    if (another := _ANOTHER.match(rest)) and another[1] in letters:
+        return None  # "B or C" is no answer
     bracketed = match[0].strip()[0] in "(["
     if bracketed or re.match(r"\s*(?:$|[.:),;\]\n-])", rest):
         return letter

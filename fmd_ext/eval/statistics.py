@@ -126,7 +126,8 @@ def bootstrap(
     """A statistic of column sums (precision, F1, an average of groups, ...) with a cluster bootstrap interval.
 
     Whole clusters are drawn with replacement; the interval is the percentile one. Samples in which the statistic is
-    not defined (0 / 0, given as nan) are left out.
+    not defined (0 / 0, given as nan) are left out. Where all samples give the same value, as where every answer is
+    right, they do not tell how sure it is: the standard error and the interval are nan then.
 
     Args:
         statistic: takes sums over items [..., K] and returns [...], for all resamples at once. F1, for instance, of
@@ -148,7 +149,7 @@ def bootstrap(
         value = float(statistic(sums.sum(axis=0)))
         drawn = np.asarray(statistic(weights @ sums))
     drawn = drawn[np.isfinite(drawn)]
-    if count < 2 or not drawn.size:
+    if count < 2 or not drawn.size or np.ptp(drawn) < 1e-12:
         return Estimate(value, math.nan, math.nan, math.nan, len(columns), count)
     low, high = np.quantile(drawn, (0.5 - confidence / 2, 0.5 + confidence / 2))
     return Estimate(value, float(drawn.std(ddof=1)), float(low), float(high), len(columns), count)

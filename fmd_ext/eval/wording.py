@@ -21,6 +21,8 @@ def against(cell: Cell) -> str:
     """The difference with its interval and the p-value; a star where that stays below 5 % after Holm."""
     if cell.comparison is None:
         return ""
+    if cell.comparison.discordance == 0:
+        return "no score differs"  # an interval of width zero would claim that none ever will
     estimate = cell.comparison.difference
     star = " *" if cell.adjusted_p < 0.05 else ""
     interval = f" ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})" if math.isfinite(estimate.low) else ""
