@@ -93,6 +93,13 @@ def test_nothing_is_loaded_and_nothing_is_run(results):
     assert clips[0] and not clips[0] & clips[1]
 
 
+def test_tables_scroll_by_themselves(results):
+    """In a narrow window the page must not become as wide as its widest table."""
+    text = render(results, evaluate(results)).split("<h2>Answers that flip</h2>")[0]
+    assert text.count("<table>") >= 7
+    assert "<table>" not in re.sub(r'<div class="wide[^>]*>.*?</div>', "", text, flags=re.S)
+
+
 def test_a_clip_that_is_gone_is_named(results, tmp_path):
     shutil.copytree(results.folder.parent, tmp_path / "copy")
     moved = Results(tmp_path / "copy/results")

@@ -70,7 +70,11 @@ def _show_yes_no(console: Console, evaluation: Evaluation) -> None:
             for method, cell in cells.items():
                 if cell.yes_no:
                     names = ("precision", "recall", "f1", "yes_rate")
-                    shown.add_row(escape(value), escape(method), *(percent(cell.yes_no[name]) for name in names))
+                    shown.add_row(
+                        escape(value) if method == evaluation.baseline else "",
+                        escape(method),
+                        *(percent(cell.yes_no[name]) for name in names),
+                    )
     console.print(shown)
 
 

@@ -103,7 +103,7 @@ def _table(evaluation: Evaluation, table: Table) -> dict[str, Any]:
 def _yes_no(evaluation: Evaluation) -> list[tuple[str, ...]]:
     names = ("precision", "recall", "f1", "yes_rate")
     return [
-        (group, method, *(percent(cell.yes_no[name]) for name in names))
+        (group if method == evaluation.baseline else "", method, *(percent(cell.yes_no[name]) for name in names))
         for table in evaluation.tables
         for group, cells in table.rows.items()
         for method, cell in cells.items()

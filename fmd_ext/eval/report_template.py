@@ -13,14 +13,16 @@ PAGE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 78rem; margin: 2rem auto;
   padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0.2rem; }
+h1, h3, p { overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin-top: 2.6rem; border-bottom: 1px solid #ddd; }
 h3 { font-size: 1.02rem; margin-top: 1.6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.6rem 0; }
 th, td { text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #999; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td.value { white-space: nowrap; }
+td.number, th.number { text-align: right; }
+.wide td, .wide .number { white-space: nowrap; }
+.wide.grouped td:first-child { white-space: normal; min-width: 8rem; }
 tr.first td { border-top: 1px solid #bbb; }
 .quiet { color: #666; }
 .warning { background: #fff4d6; border-left: 4px solid #d9a400; padding: 0.5rem 0.9rem; }
@@ -50,54 +52,57 @@ its table. Answers that cannot be parsed count as wrong, and are shown apart.</p
 {% for table in tables %}
 <h3>{{ table.title }}</h3>
 {% for figure in table.figures %}<figure>{{ figure }}</figure>{% endfor %}
-<div class="wide"><table>
+<div class="wide grouped"><table>
 <tr><th></th><th class="number">items</th><th class="number">videos</th><th>method</th><th>accuracy, %</th>
 <th>against {{ evaluation.baseline }}</th><th class="number">unparsed, %</th></tr>
 {% for row in table.rows %}<tr{% if row.first %} class="first"{% endif %}><td>{{ row.group }}</td>
 <td class="number">{{ row.num_items }}</td><td class="number">{{ row.videos }}</td><td>{{ row.method }}</td>
-<td class="value">{{ row.accuracy }}</td><td class="value">{{ row.against }}</td>
+<td>{{ row.accuracy }}</td><td>{{ row.against }}</td>
 <td class="number">{{ row.unparsed }}</td></tr>
 {% endfor %}</table></div>
 {% endfor %}
 {% if averages %}<h3>Means over groups</h3>
-<table><tr><th>mean over</th><th>method</th><th>accuracy, %</th></tr>
+<div class="wide"><table><tr><th>mean over</th><th>method</th><th>accuracy, %</th></tr>
 {% for category, method, value in averages %}<tr><td>{{ category }}</td><td>{{ method }}</td><td>{{ value }}</td></tr>
-{% endfor %}</table>{% endif %}
+{% endfor %}</table></div>{% endif %}
 {% if yes_no %}<h3>Questions with "yes" or "no"</h3>
-<div class="wide"><table><tr><th></th><th>method</th><th>precision, %</th><th>recall, %</th><th>F1, %</th>
+<div class="wide grouped"><table><tr><th></th><th>method</th><th>precision, %</th><th>recall, %</th><th>F1, %</th>
 <th>"yes", %</th></tr>
-{% for row in yes_no %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
+{% for row in yes_no %}<tr{% if row[0] %} class="first"{% endif %}>
+{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}
 {% if power %}<h3>What could have been seen</h3>
-<table><tr><th>method</th><th>gain that this evaluation shows (80 % power)</th>
+<div class="wide"><table><tr><th>method</th><th>gain that this evaluation shows (80 % power)</th>
 {% for gain in gains %}<th>items for {{ gain }} points</th>{% endfor %}</tr>
 {% for row in power %}<tr>{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 <p class="quiet">From the share of answers in which the methods differ here, and how much the questions of one video go
 together. A dash: methods that differ so rarely cannot gain so much.</p>{% endif %}
 {% endif %}
 {% if evaluation.captions %}
 <h2>Captions</h2>
-<table><tr><th>method</th><th>scores</th></tr>
+<div class="wide"><table><tr><th>method</th><th>scores</th></tr>
 {% for method, scores in captions %}<tr><td>{{ method }}</td><td>{{ scores }}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% endif %}
 <h2>Speed</h2>
 {% if speed %}
 <p>{{ speed.num_items }} prompts of about {{ speed.prompt_tokens }} tokens, {{ speed.tokens }} new tokens each, one
 prompt at a time, methods in turn. Ratios are medians over prompts with quartiles, over cached {{ evaluation.baseline }}
 decoding.</p>
-<table><tr><th>method</th><th class="number">first token</th><th>ratio</th><th class="number">tokens/s after it</th>
+<div class="wide"><table>
+<tr><th>method</th><th class="number">first token</th><th>ratio</th><th class="number">tokens/s after it</th>
 <th>ratio</th><th class="number">peak memory</th></tr>
 {% for row in speed.rows %}<tr><td>{{ row[0] }}</td><td class="number">{{ row[1] }}</td><td>{{ row[2] }}</td>
 <td class="number">{{ row[3] }}</td><td>{{ row[4] }}</td><td class="number">{{ row[5] }}</td></tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {% endif %}
 <p>In the run itself, medians:</p>
-<table><tr><th>method</th><th class="number">first token</th><th class="number">over {{ evaluation.baseline }}</th>
+<div class="wide"><table>
+<tr><th>method</th><th class="number">first token</th><th class="number">over {{ evaluation.baseline }}</th>
 <th class="number">seconds per answer</th><th class="number">tokens per answer</th></tr>
 {% for row in run_speed %}<tr><td>{{ row[0] }}</td>{% for value in row[1:] %}<td class="number">{{ value }}</td>
-{% endfor %}</tr>{% endfor %}</table>
+{% endfor %}</tr>{% endfor %}</table></div>
 {% if examples %}
 <h2>Answers that flip</h2>
 {% for method in examples %}
