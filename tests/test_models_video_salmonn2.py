@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from fmd_ext.models.video_salmonn2 import VideoSalmonn2Config, VideoSalmonn2ForConditionalGeneration
+from fmd_ext.models.video_salmonn2 import VideoSalmonn2ForConditionalGeneration
 from video_salmonn2_recorded import (
     CASES,
     NAMES,
+    PUBLISHED,
     RECORDED,
     SMALL,
     official_state,
@@ -77,15 +78,8 @@ def test_logits_and_greedy_tokens_equal_the_official_ones(model, case):
 
 
 def test_the_published_shape_has_the_official_names_and_shapes():
-    """The 7B model at full size, without memory."""
-    config = VideoSalmonn2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-    )
+    """The 7B model at full size, without memory, by what its configuration says."""
+    config = AutoConfig.for_model(**PUBLISHED)
     assert (config.num_frame_tokens, config.num_sound_tokens) == (182, 60)
     with torch.device("meta"):
         model = VideoSalmonn2ForConditionalGeneration(config)
@@ -97,6 +91,14 @@ def test_the_published_shape_has_the_official_names_and_shapes():
             official[own] = shape
     assert official.pop(UNUSED) == [1, 512]
     assert ours == official
+
+
+def test_settings_that_are_not_said_are_those_of_the_released_scripts():
+    bare = {name: value for name, value in PUBLISHED.items() if not name.startswith(("mm_", "model_args"))}
+    for said in ({}, {"mm_spatial_pool_stride": None}):
+        config = AutoConfig.for_model(**bare, **said)
+        assert (config.num_frame_tokens, config.num_sound_tokens, config.mm_spatial_pool_mode) == (182, 60, "max")
+    assert AutoConfig.for_model(**bare, second_per_window=1.0).num_sound_tokens == 59
 
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
@@ -173,3 +175,15 @@ def test_placeholders_must_match_the_clip(model):
     ):
         with pytest.raises(ValueError, match=message):
             model(**{**inputs, **change})
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match")  # two are parameters, not modules
+def test_towers_fetched_from_disk_when_they_are_needed(folder, tmp_path):
+    """accelerate's device_map: each part may lie elsewhere."""
+    fetched = ("model.vision_tower", "model.mm_projector", "speech_encoder", "ln_speech", "speech_Qformer")
+    at_hand = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "model.image_newline", "lm_head")
+    at_hand += ("speech_query_tokens", "speech_llama_proj", "final_linear")
+    places = dict.fromkeys(fetched, "disk") | dict.fromkeys(at_hand, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+    assert model.speech_encoder.layers[0].fc1.weight.device.type == "meta"
+    close(model(**recorded_inputs(model.config, "short"), logits_to_keep=6).logits[0], "short_logits")

@@ -20,6 +20,42 @@ QUESTION = "Is the dog barking?"
 RECORDED = np.load(FIXTURES / "video_salmonn2.npz")
 NAMES = json.loads(str(RECORDED["names"]))  # of the small model's parameters, with their shapes
 
+# What a published configuration holds: Qwen2's settings, what is left of the base model's, and the run's own.
+PUBLISHED = {
+    "model_type": "video_salmonn_2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "sliding_window": 131072,
+    "torch_dtype": "bfloat16",
+    "add_time_token": True,
+    "mm_hidden_size": 1152,
+    "mm_newline_position": "one_token",
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_spatial_pool_mode": "bilinear",
+    "mm_spatial_pool_stride": None,
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    "model_args": {
+        "mm_newline_position": "grid",
+        "mm_spatial_pool_mode": "max",
+        "mm_spatial_pool_stride": 2,
+        "mm_pooling_position": "after",
+        "second_per_window": 0.5,
+        "second_stride": 0.5,
+        "use_final_linear": True,
+        "lora_r": 128,
+    },
+}
+
 # The small model of the recording, in the words of a published configuration.
 SMALL = {
     "model_type": "video_salmonn_2",

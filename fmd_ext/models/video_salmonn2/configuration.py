@@ -100,7 +100,8 @@ class VideoSalmonn2Config(Qwen2Config):
     def __post_init__(self, **kwargs: Any) -> None:
         model_args = kwargs.pop("model_args", None) or {}
         for name in _MODEL_ARGS:
-            setattr(self, name, model_args.get(name, getattr(self, name)))
+            said = model_args.get(name, getattr(self, name))
+            setattr(self, name, getattr(VideoSalmonn2Config, name) if said is None else said)
         for name, accepted in _ACCEPTED.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} {getattr(self, name)!r}: accepted are {', '.join(map(str, accepted))}")
