@@ -80,6 +80,25 @@ def test_positions_equal_the_official_ones(counting, case):
     assert deltas.tolist() == [[official.max() + 1 - official.shape[1]]]
 
 
+def test_positions_of_an_image_before_a_clip_equal_the_official_ones(model):
+    ids = torch.from_numpy(repeated(RECORDED["image_ids"]).astype(np.int64))[None]
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 6]]), "video_grid_thw": torch.tensor([[2, 4, 4]])}
+    assert model.model.get_rope_index(ids, **grids)[0][:, 0].tolist() == RECORDED["image_inference"].tolist()
+
+
+@pytest.mark.parametrize(
+    "grids, message",
+    [
+        ([[3, 4, 6], [40, 4, 4]], "more tokens than the prompt"),
+        ([[3, 4, 6]], "more images and videos than there are"),
+    ],
+)
+def test_grids_that_do_not_match_the_prompt_are_refused(model, grids, message):
+    ids = torch.from_numpy(repeated(RECORDED["two_ids"]).astype(np.int64))[None]
+    with pytest.raises(ValueError, match=message):
+        model.model.get_rope_index(ids, video_grid_thw=torch.tensor(grids))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_the_official_ones(counting, case):
     model, scheme = counting

@@ -14,6 +14,7 @@ from fmd_ext.media import Clip
 from fmd_ext.reference import reference_generate, reference_logits
 from fmd_ext.tiny import save_random_model
 from fmd_ext.tiny.video_salmonn2_plus import processor_for, tiny_video_salmonn2_plus
+from recorded import record_steps
 from video_salmonn2_plus_recorded import CLIP, official_state, write_official_folder
 
 SETTINGS = [
@@ -96,6 +97,19 @@ def test_greedy_tokens_equal_the_reference(model, batch, counted, settings):
     fmd_ext.patch(model, config)
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert out[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
+
+
+def test_the_runner_replays_its_steps(model, monkeypatch):
+    """Decode steps as a graph on CUDA would replay them: nothing in them reads a value back."""
+    inputs = build(model, "mixed")
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with fmd_ext.patch(model, fork_layers=2) as handle:
+        assert handle.why_not_fused == ""
+        expected = model.generate(**inputs, **options)
+    recordings = record_steps(monkeypatch)
+    with fmd_ext.patch(model, fork_layers=2, runner=True):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+    assert len(recordings) == 1
 
 
 def test_labels_follow_the_clips_parts(model):

@@ -75,7 +75,7 @@ class VideoSalmonn2PlusModel(Qwen2_5_VLModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if input_features is not None:
             inputs_embeds = self._with_sound(input_ids, inputs_embeds, input_features)
-        if input_ids is not None:
+        if input_ids is not None and kwargs.get("position_ids") is None:
             mm_token_type_ids = self.token_types(input_ids)
             if video_grid_thw is None and mm_token_type_ids.any():
                 video_grid_thw = input_ids.new_zeros(0, 3)  # sound alone has positions to compute, too

@@ -122,5 +122,5 @@ def _next(iterator: Iterator) -> torch.Tensor | float:
         return next(iterator)
     except StopIteration:
         raise ValueError(
-            "the prompt has more images and videos than grids (and times between frames) were given"
+            "the prompt has more images and videos than there are grids and times between frames"
         ) from None
