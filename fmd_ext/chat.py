@@ -212,7 +212,7 @@ def check_sound(extractor: Any, clip: Clip, stacklevel: int) -> None:
         extractor: Whisper's feature extractor, with ``sampling_rate`` and ``n_samples``.
         stacklevel: of the warning, counted from the caller.
     """
-    check_sampling_rate(extractor, clip)
+    check_sampling_rate(clip, extractor.sampling_rate)
     if clip.audio.size > extractor.n_samples:
         seconds = extractor.n_samples / extractor.sampling_rate
         heard = clip.audio.size / clip.sampling_rate
@@ -221,12 +221,12 @@ def check_sound(extractor: Any, clip: Clip, stacklevel: int) -> None:
         )
 
 
-def check_sampling_rate(extractor: Any, clip: Clip) -> None:
-    """Raises ValueError for a clip whose sampling rate is not the extractor's ``sampling_rate``."""
-    if clip.sampling_rate != extractor.sampling_rate:
+def check_sampling_rate(clip: Clip, expected: int) -> None:
+    """Raises ValueError for a clip whose sound has another number of samples per second than the model's."""
+    if clip.sampling_rate != expected:
         raise ValueError(
-            f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
-            f"load it with sampling_rate={extractor.sampling_rate}"
+            f"the model hears {expected} samples per second, the clip has {clip.sampling_rate}: "
+            f"load it with sampling_rate={expected}"
         )
 
 

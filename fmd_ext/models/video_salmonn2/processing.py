@@ -161,7 +161,7 @@ class VideoSalmonn2Processor(ProcessorMixin):
         """float32 [windows, mel bins, frames]: what is heard of the sound, no longer than the picture."""
         if clip.audio is None:
             return None
-        check_sampling_rate(self.feature_extractor, clip)
+        check_sampling_rate(clip, self.feature_extractor.sampling_rate)
         seconds = self.max_seconds if clip.frames is None else _seconds(clip)
         samples = max(round(clip.sampling_rate * seconds), 1)
         if clip.frames is None and len(clip.audio) > samples:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, ProcessorMixin, WhisperFeatureExtractor
 
-from fmd_ext.chat import SYSTEM_PROMPT
+from fmd_ext.chat import SYSTEM_PROMPT, check_sampling_rate
 from fmd_ext.media import Clip
+from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.windowed_sound import log_mel_windows
 
 from .configuration import VideoSalmonn2PlusConfig
@@ -134,29 +135,25 @@ class VideoSalmonn2PlusProcessor(ProcessorMixin):
                 text that is tokenized to a placeholder's id.
         """
         pictures: list[dict[str, Any]] = []
-        windows: list[list[torch.Tensor]] = []
+        windows: list[torch.Tensor | None] = []
         rows = []
         for prompt, own in zip(text, clips, strict=True):
             filling, heard = [], []
             for clip in own:
                 picture = None if clip.frames is None else self._picture(clip, frame_pixels)
-                sounds = [] if clip.audio is None else self._windows(clip)
-                filling.append(self._placeholders(picture, len(sounds) * self.tokens_per_window))
-                heard += sounds
+                sound = [] if clip.audio is None else [self._windows(clip)]
+                filling.append(self._placeholders(picture, sum(map(len, sound)) * self.tokens_per_window))
+                heard += sound
                 pictures += [] if picture is None else [picture]
             rows.append(self._ids(prompt, own, filling))
-            windows.append(heard)
-        inputs = self._padded(rows)
+            windows.append(torch.cat(heard) if heard else None)
+        inputs = padded_prompts(self.tokenizer, rows)
         if pictures:
             inputs["pixel_values_videos"] = torch.cat([picture["pixels"] for picture in pictures])
             inputs["video_grid_thw"] = torch.stack([picture["grid"] for picture in pictures])
             inputs["second_per_grid_ts"] = torch.tensor([picture["seconds"] for picture in pictures])
-        if any(windows):
-            each = next(window for sample in windows for window in sample)
-            features = each.new_zeros(len(windows), max(map(len, windows)), *each.shape)
-            for row, sample in zip(features, windows, strict=True):
-                for place, window in zip(row, sample, strict=False):
-                    place.copy_(window)
+        features = stacked(windows)
+        if features is not None:
             inputs["input_features"] = features
         return inputs
 
@@ -174,15 +171,10 @@ class VideoSalmonn2PlusProcessor(ProcessorMixin):
         seconds = self.video_processor.temporal_patch_size / clip.fps
         return {"pixels": out["pixel_values_videos"], "grid": out["video_grid_thw"][0], "seconds": seconds}
 
-    def _windows(self, clip: Clip) -> list[torch.Tensor]:
-        """The log-mel windows [mel bins, 3000] of a sound, 30 s each, the last one filled up with silence."""
-        extractor = self.feature_extractor
-        if clip.sampling_rate != extractor.sampling_rate:
-            raise ValueError(
-                f"the model hears {extractor.sampling_rate} samples per second, the clip has {clip.sampling_rate}: "
-                f"load it with sampling_rate={extractor.sampling_rate}"
-            )
-        return list(log_mel_windows(extractor, clip.audio))
+    def _windows(self, clip: Clip) -> torch.Tensor:
+        """The log-mel windows [windows, mel bins, 3000] of a sound, 30 s each, the last one filled up with silence."""
+        check_sampling_rate(clip, self.feature_extractor.sampling_rate)
+        return log_mel_windows(self.feature_extractor, clip.audio)
 
     def _placeholders(self, picture: dict[str, Any] | None, num_audio: int) -> list[int]:
         """The clip's tokens: each pair of frames followed by the sound up to the next, the last by all that is left."""
@@ -210,15 +202,6 @@ class VideoSalmonn2PlusProcessor(ProcessorMixin):
                 raise ValueError(f"the prompt contains text that stands for a placeholder: {piece!r}")
             ids += own + (filling[index] if opened else [])
         return ids
-
-    def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
-        length = max(map(len, rows))
-        return {
-            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
-        }
 
 
 def spread_frames(total: int, rate: float) -> list[int]:

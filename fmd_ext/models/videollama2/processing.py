@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
 
+from fmd_ext.chat import check_sampling_rate
 from fmd_ext.media import Clip, middles
 from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.beats import NUM_MEL_BINS, SAMPLING_RATE, fbank
@@ -183,11 +184,7 @@ class VideoLlama2Processor(ProcessorMixin):
         """float32 [2998, 128]: the filter bank of 30 s, silent behind the sound, rounded to bfloat16 as in training."""
         if self.patch_size is None:
             raise ValueError("this model has no audio tower: give it clips without sound (audio=None)")
-        if clip.sampling_rate != SAMPLING_RATE:
-            raise ValueError(
-                f"the model hears {SAMPLING_RATE} samples per second, the clip has {clip.sampling_rate}: "
-                f"load it with sampling_rate={SAMPLING_RATE}"
-            )
+        check_sampling_rate(clip, SAMPLING_RATE)
         wave = clip.audio if clip.frames is None else spread_windows(clip.audio)
         limit = SECONDS_HEARD * SAMPLING_RATE
         if len(wave) > limit:
