@@ -1,7 +1,10 @@
-# Sourced by the scripts beside it: a virtual environment in .venv with fmd_ext and everything it needs.
-# FMD_EXT_VENV: another folder for it. PYTHON: another interpreter than python3. FMD_EXT_CUDA: see the README.
+# Sourced by the scripts beside it: a virtual environment in .venv with fmd_ext and everything it needs, and $python, its
+# interpreter. FMD_EXT_VENV: another folder for it. PYTHON: another interpreter than python3 to make it with.
+# FMD_EXT_PYTHON: an interpreter whose environment is used as it is. Nothing is installed then, as on a machine without a
+# network; only the extension is built, in this folder. FMD_EXT_CUDA: see the README.
 
 venv="${FMD_EXT_VENV:-.venv}"
+python="${FMD_EXT_PYTHON:-$venv/bin/python}"
 
 die() {
   echo "fmd_ext: $*" >&2
@@ -24,24 +27,45 @@ fingerprint() {
   echo "cuda ${FMD_EXT_CUDA:-auto}"
 }
 
+is_built() { # STAMP: whether what it says is what was built
+  [[ -f "$1" && "$(cat "$1")" == "$(fingerprint)" ]] && compgen -G 'fmd_ext/_core.*.so' >/dev/null
+}
+
 # make_environment EXTRAS: EXTRAS is "" or, for example, "[omni,test]".
 make_environment() {
   local extras="$1"
+  if [[ -n "${FMD_EXT_PYTHON:-}" ]]; then
+    build_in_place
+    return
+  fi
   if [[ ! -x "$venv/bin/pip" ]]; then
     check_python "${PYTHON:-python3}"
     echo "fmd_ext: making a virtual environment in $venv"
     "${PYTHON:-python3}" -m venv "$venv"
   fi
   local stamp="$venv/fmd_ext_installed$extras"
-  if [[ -f "$stamp" && "$(cat "$stamp")" == "$(fingerprint)" ]] && compgen -G 'fmd_ext/_core.*.so' >/dev/null; then
-    return
-  fi
+  if is_built "$stamp"; then return; fi
   rm -f "$stamp"
   # torch first: the extension is then built against this one, and pip brings no second one for the build.
-  "$venv/bin/python" -m pip install --constraint constraints.txt torch
+  "$python" -m pip install --constraint constraints.txt torch
   # Editable: what runs is this folder, also under `python -m fmd_ext.…` started in it.
-  "$venv/bin/python" -m pip install --constraint constraints.txt --editable ".$extras"
-  "$venv/bin/python" - <<'PYTHON'
+  "$python" -m pip install --constraint constraints.txt --editable ".$extras"
+  say_what_was_built
+  fingerprint >"$stamp"
+}
+
+build_in_place() {
+  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+  # Of this interpreter alone: the extension module is another one for each Python.
+  local stamp="build/in_place_$("$python" -c 'import sys; print(sys.implementation.cache_tag)')"
+  if is_built "$stamp"; then return; fi
+  "$python" setup.py --quiet build_ext --inplace --build-temp build/in_place
+  say_what_was_built
+  fingerprint >"$stamp"
+}
+
+say_what_was_built() {
+  "$python" - <<'PYTHON'
 from fmd_ext import _core
 
 facts = _core.build_info()
@@ -49,5 +73,4 @@ built = "built" if facts["cuda"] else "not built"
 print(f"fmd_ext: extension built with {facts['compiler']} against torch {facts['torch_version']}")
 print(f"fmd_ext: CPU variants {', '.join(facts['isa_variants'])}; CUDA library {built} ({facts['cuda_reason']})")
 PYTHON
-  fingerprint >"$stamp"
 }

@@ -265,8 +265,8 @@ def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
 
 
 def test_the_entry_point_runs_in_a_process_of_its_own():
-    code = "import sys; from fmd_ext.cli import main; sys.exit(main(['ask', 'nothing.mp4', 'What?']))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "fmd_ext", "ask", "nothing.mp4", "What?"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "fmd-ext ask: error: no such file: nothing.mp4"
     assert "Traceback" not in result.stderr
