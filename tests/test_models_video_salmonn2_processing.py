@@ -50,6 +50,10 @@ def test_frames_per_second_can_be_chosen(tmp_path):
     processor = AutoProcessor.from_pretrained(folder, fps=2, max_seconds=3)
     assert processor.pick(100, 25.0) == [0, 19, 39, 59, 79, 99]
     assert processor.pick(60, 25.0) == [0, 12, 24, 36, 48]
+    processor.save_pretrained(folder)
+    again = AutoProcessor.from_pretrained(folder)
+    assert (again.fps, again.max_seconds) == (2, 3)
+    assert AutoProcessor.from_pretrained(folder, fps=1).fps == 1
 
 
 def test_pixels_equal_the_official_ones(processor, clip):

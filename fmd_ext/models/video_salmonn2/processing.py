@@ -18,6 +18,7 @@ from fmd_ext.models.windowed_sound import log_mel_windows
 
 IMAGE = "<image>"  # stands for a clip in a prompt
 TOKENS_PER_SECOND = 50  # of sound, as the official code believes when it divides them among frames
+LARGEST_READ = 1920 * 1080  # pixels; frames of larger pictures are scaled down when they are read
 
 
 class VideoSalmonn2Processor(ProcessorMixin):
@@ -58,18 +59,20 @@ class VideoSalmonn2Processor(ProcessorMixin):
         self.blank_token_id = blank_token_id
 
     @classmethod
-    def from_pretrained(
-        cls, source: Any, fps: float = 1.0, max_seconds: float = 110.0, **kwargs: Any
-    ) -> VideoSalmonn2Processor:
-        """From the configuration and the tokenizer in a model's folder or repository."""
+    def from_pretrained(cls, source: Any, **kwargs: Any) -> VideoSalmonn2Processor:
+        """From the configuration and the tokenizer in a model's folder or repository.
+
+        ``fps`` and ``max_seconds`` are those given, else those of a saved processor.
+        """
+        chosen = {name: kwargs.pop(name) for name in ("fps", "max_seconds") if name in kwargs}
+        saved = cls.get_processor_dict(source, **kwargs)[0]
+        chosen = {name: saved[name] for name in ("fps", "max_seconds") if name in saved} | chosen
         config = AutoConfig.from_pretrained(source, **kwargs)
-        return cls.from_config(config, AutoTokenizer.from_pretrained(source, **kwargs), fps, max_seconds)
+        return cls.from_config(config, AutoTokenizer.from_pretrained(source, **kwargs), **chosen)
 
     @classmethod
-    def from_config(
-        cls, config: Any, tokenizer: Any, fps: float = 1.0, max_seconds: float = 110.0
-    ) -> VideoSalmonn2Processor:
-        """The processor that belongs to a model's configuration."""
+    def from_config(cls, config: Any, tokenizer: Any, **chosen: float) -> VideoSalmonn2Processor:
+        """The processor that belongs to a model's configuration; ``chosen``: ``fps``, ``max_seconds``."""
         size, whisper = config.vision_config.image_size, config.audio_config
         names = ("num_frame_tokens", "num_sound_tokens", "add_time_token")
         ids = ("video_token_id", "audio_token_id", "blank_token_id")
@@ -78,15 +81,14 @@ class VideoSalmonn2Processor(ProcessorMixin):
             WhisperFeatureExtractor(whisper.num_mel_bins, chunk_length=whisper.max_source_positions // 50),
             SiglipImageProcessorPil(size={"height": size, "width": size}),
             tokenizer,
-            fps,
-            max_seconds,
             **{name: getattr(config, name) for name in (*names, *ids)},
+            **chosen,
         )
 
     @property
     def clip_arguments(self) -> dict[str, Any]:
-        """How `load_clip` reads a clip: the official choice of frames, at full size, at Whisper's sampling rate."""
-        return {"pick": self.pick, "sampling_rate": self.feature_extractor.sampling_rate, "max_pixels": 2**30}
+        """How `load_clip` reads a clip: the official choice of frames, at Whisper's sampling rate."""
+        return {"pick": self.pick, "sampling_rate": self.feature_extractor.sampling_rate, "max_pixels": LARGEST_READ}
 
     def pick(self, total: int, rate: float) -> list[int]:
         """Numbers of the frames that are seen of ``total`` frames, ``rate`` per second."""
