@@ -115,6 +115,14 @@ def test_generate_answers_as_the_official_code(model, case):
     assert torch.equal(model.generate(**inputs, **options, use_cache=False), ids)
 
 
+def test_a_text_after_a_clip_starts_counting_anew(model):
+    model(**recorded_inputs("one"))
+    ids = torch.arange(20, 40)[None]
+    cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    onward = model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(onward, model(input_ids=ids).logits[:, -1], atol=1e-4, rtol=0)
+
+
 def test_the_published_shape_has_the_official_names_and_shapes():
     """The 7B model at full size, without memory, by what its configuration says; against the official model.
 

@@ -62,8 +62,8 @@ class VideoSalmonn2PlusModel(Qwen2_5_VLModel):
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As `Qwen2_5_VLModel`, with sound; what stands for what is read off ``input_ids``.
@@ -75,25 +75,28 @@ class VideoSalmonn2PlusModel(Qwen2_5_VLModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if input_features is not None:
             inputs_embeds = self._with_sound(input_ids, inputs_embeds, input_features)
-        if input_ids is not None and kwargs.get("position_ids") is None:
-            mm_token_type_ids = self.token_types(input_ids)
-            if video_grid_thw is None and mm_token_type_ids.any():
-                video_grid_thw = input_ids.new_zeros(0, 3)  # sound alone has positions to compute, too
+        cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if input_ids is not None and position_ids is None and not cached:
+            kwargs |= self.position_inputs(input_ids, kwargs.get("video_grid_thw"))
         return super().forward(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
-            video_grid_thw=video_grid_thw,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
             **kwargs,
         )
 
-    def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int32 [batch, length]: 0 text, 1 image, 2 video, 3 sound."""
+    def position_inputs(self, input_ids: torch.Tensor, video_grid_thw: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What `Qwen2_5_VLModel` wants to be given before it computes positions; of sound alone, too.
+
+        mm_token_type_ids int32 [batch, length]: 0 text, 1 image, 2 video, 3 sound; video_grid_thw, if need be empty.
+        """
         ids = self.config
         types = torch.zeros_like(input_ids, dtype=torch.int32)
         for number, id in enumerate((ids.image_token_id, ids.video_token_id, ids.audio_token_id), start=1):
             types.masked_fill_(input_ids == id, number)
-        return types
+        grids = input_ids.new_zeros(0, 3) if video_grid_thw is None else video_grid_thw
+        return {"mm_token_type_ids": types, "video_grid_thw": grids}
 
     def get_rope_index(
         self,
@@ -200,8 +203,5 @@ class VideoSalmonn2PlusForConditionalGeneration(CompleteCheckpoints, Qwen2_5_VLF
     ) -> torch.Tensor:
         ids = model_kwargs.get("input_ids", inputs_tensor)
         if ids.dim() == 2 and not ids.is_floating_point():
-            types = self.model.token_types(ids)
-            model_kwargs = {**model_kwargs, "mm_token_type_ids": types}
-            if types.any() and model_kwargs.get("video_grid_thw") is None:
-                model_kwargs["video_grid_thw"] = ids.new_zeros(0, 3)
+            model_kwargs = {**model_kwargs, **self.model.position_inputs(ids, model_kwargs.get("video_grid_thw"))}
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
