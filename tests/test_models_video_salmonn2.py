@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from fmd_ext.models.video_salmonn2 import VideoSalmonn2ForConditionalGeneration
+from fmd_ext.models.video_salmonn2.modeling import _window_positions
 from video_salmonn2_recorded import (
     CASES,
     NAMES,
@@ -57,6 +58,7 @@ def test_sound_tokens_equal_the_official_ones(model):
     official = RECORDED["sound_tokens"]  # of windows one by one: the second one's position is added later
     close_to = [model.encode_sound(window[None])[0].numpy() for window in features]
     np.testing.assert_allclose(np.stack(close_to), official, atol=1e-4, rtol=0)
+    close(_window_positions(6, 32), "window_positions")
 
 
 @pytest.mark.parametrize("case", CASES)
