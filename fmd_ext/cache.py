@@ -50,15 +50,18 @@ class BranchedLayer(CacheLayerMixin):
         return self.layer_idx == 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = value_states.dtype, value_states.device
         num_slots = self.state.table_of(self.layer_idx).num_slots
         shape = (key_states.shape[1], num_slots)
-        self.keys = key_states.new_empty((*shape, key_states.shape[3]))
+        self.keys = value_states.new_empty((*shape, key_states.shape[3]))
         self.values = value_states.new_empty((*shape, value_states.shape[3]))
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Appends [1, num_kv_heads, rows, head_dim]; returns the pools."""
+        """Appends [1, num_kv_heads, rows, head_dim]; returns the pools.
+
+        The dtype is that of the values: under autocast a rotation makes float32 of the keys.
+        """
         plan = self.state.plan
         if plan is None:
             raise RuntimeError(
@@ -71,7 +74,7 @@ class BranchedLayer(CacheLayerMixin):
         k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         turn = plan.rotation
         if turn is None or turn.k is not key_states:
-            ops.append_(self.keys, self.values, k, v, slots)
+            ops.append_(self.keys, self.values, k.to(v.dtype), v, slots)
         else:
             ops.rope_append_(self.keys, self.values, turn.q_out, turn.q, k, v, turn.cos, turn.sin, slots)
             plan.rotation = None

@@ -74,7 +74,7 @@ def branched_attention(
         )
     step = fmd_plan.attention_for(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = query[0].transpose(0, 1)
+    rows = query[0].transpose(0, 1).to(value.dtype)  # the same dtype, but for rotations under autocast
     if fmd_plan.reading is not None and module.layer_idx < fmd_plan.fork_layers:
         fmd_plan.reading.add(rows, key, scale)
     qo_rows, segments = step.get("qo_rows", rows.device), step.get("segments", rows.device)

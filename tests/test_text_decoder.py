@@ -48,6 +48,24 @@ def test_logits_equal_the_reference(model, masking, fork_layers):
     torch.testing.assert_close(actual[MASK.bool()], expected[MASK.bool()], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("runner", [False, True])
+def test_autocast(model, runner):
+    """Linears in bfloat16, rotations in float32: an error at most twice that of two plain passes under autocast."""
+    config = FMDConfig(fork_layers=2).resolve(FMDConfig(), 3)
+    embeds, ids = torch.randn(2, 12, 96), torch.randint(0, 97, (2, 4))
+    exact = model.lm_head(reference_hidden(model.model, config, embeds, LABELS))[MASK.bool()]
+    given = {"inputs_embeds": embeds, "attention_mask": MASK, "modality_labels": LABELS}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model.lm_head(reference_hidden(model.model, config, embeds, LABELS))[MASK.bool()].float()
+        fmd_ext.patch(model, config, adapter="text", runner=runner)
+        out = model(**given, position_ids=torch.arange(12)[None])
+        tokens = model.generate(**given, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        model(input_ids=ids, past_key_values=out.past_key_values)
+    ours = (out.logits[MASK.bool()].float() - exact).abs()
+    assert ours.mean() <= 2 * (plain - exact).abs().mean() and ours.max() <= 2 * (plain - exact).abs().max()
+    assert tokens.shape == (2, 4) and out.past_key_values.layers[0].keys.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("masking", ["zero", "attention"])
 def test_generate_takes_labels(model, masking):
     """As an argument or from the handle's context; tokens equal one full recompute per step."""
