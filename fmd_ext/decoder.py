@@ -260,7 +260,7 @@ class ForkedDecoder:
         if plan.num_away == 0 and plan.is_dense:
             return flat[None]
         packed = flat.index_select(0, plan.tensors.get("positions", flat.device))
-        if plan.has_masked_rows and self.session.config.masking == "zero":
+        if plan.has_masked_rows:  # with masking="attention" none of them has a row
             masked = plan.tensors.get("away_modality", flat.device) != TEXT
             packed[plan.num_home :].mul_(torch.where(masked, self.session.config.mask_scale, 1.0)[:, None].to(packed))
         if branches is not None:

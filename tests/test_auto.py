@@ -134,6 +134,16 @@ def test_prompts_choose_different_depths(eager):
     assert len(depths) > 1
 
 
+def test_two_layers_fork_in_the_first():
+    """The shallowest merge there is: right behind layer 0."""
+    shallow = tiny_thinker(seed=2, num_layers=2, hidden_size=128)
+    inputs = build_inputs([VIDEO_AUDIO])
+    expected = reference_logits(shallow, FMDConfig(fork_layers=1).resolve(FMDConfig(), 2), **inputs)
+    handle = fmd_ext.patch(shallow, fork_layers="auto")
+    torch.testing.assert_close(shallow(**inputs).logits, expected, atol=1e-4, rtol=0)
+    assert handle.last_plan.fork_layers == 1
+
+
 @pytest.mark.parametrize("runner", [None, True], ids=["step by step", "runner"])
 def test_the_deepest_sample_decides_for_a_batch(model, eager, runner):
     inputs = build_inputs([VIDEO_AUDIO, TEXT_ONLY, INTERLEAVED[:1] + AUDIO_VIDEO, TWO_CLIPS])
@@ -178,6 +188,33 @@ def test_what_was_chosen_stays_with_the_cache(model):
     embeds = torch.randn(2, 4, 128)
     model.get_decoder()(inputs_embeds=embeds, past_key_values=cache, modality_labels=[[1, 2, 0, 0]] * 2)
     assert handle.last_plan.reading is None and handle.last_plan.fork_layers == first.fork_layers
+
+
+def test_a_sample_that_forks_later_chooses_for_itself(model, eager):
+    """In a call that ends within its sound, so that the last row is the audio branch's own; the other sample keeps
+    what it has chosen before."""
+    fork_layers, length = 3, 24
+    embeds = torch.randn(2, length, 128, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(2, length, dtype=torch.long)
+    labels[0, 2:5], labels[0, 5:9] = VISUAL, AUDIO
+    labels[1, 14:18], labels[1, 18:] = VISUAL, AUDIO
+    positions = torch.arange(length).expand(3, 2, length)
+    handle = fmd_ext.patch(model, fork_layers=fork_layers, alpha="auto")
+    first = slice(None, 12)
+    call = {"inputs_embeds": embeds[:, first], "position_ids": positions[..., first]}
+    cache = model.get_decoder()(**call, modality_labels=labels[:, first]).past_key_values
+    before = handle.last_plan.home_weights[0].tolist()
+    rest = {"inputs_embeds": embeds[:, 12:], "position_ids": positions[..., 12:], "past_key_values": cache}
+    model.get_decoder()(**rest, modality_labels=labels)
+    weights = handle.last_plan.home_weights
+    assert weights[0].tolist() == before
+    given = {"inputs_embeds": embeds, "position_ids": positions, "labels": labels}
+    expected = alpha_of(shares(eager, given, 1), fork_layers)
+    assert weights[1, 1:3].tolist() == pytest.approx(expected, abs=1e-5) and abs(expected[0] - expected[1]) > 1e-3
+
+
+def test_nothing_read_is_as_if_both_versions_were_read_alike():
+    assert auto.alphas_of(torch.zeros(3, 1, 2, 2)).tolist() == [[0.75, 0.75]]
 
 
 def test_where_nothing_forks_first_the_default_depth_holds(model):

@@ -133,6 +133,20 @@ def test_a_clip_in_the_second_turn(thinker):
     assert handle.last_plan.forked.all()
 
 
+def test_a_clip_in_the_second_turn_of_generate(thinker):
+    """Whether the second call is given all ids or the new ones only."""
+    handle = fmd_ext.patch(thinker, fork_layers=2)
+    inputs = build_inputs([[("text", 12), *VIDEO_AUDIO]])
+    tokens = []
+    for start in (0, 12):
+        cache = thinker(input_ids=inputs["input_ids"][:, :12], attention_mask=torch.ones(1, 12)).past_key_values
+        call = {**inputs, "input_ids": inputs["input_ids"][:, start:], "past_key_values": cache}
+        tokens.append(greedy(thinker, call, 4).tolist())
+        assert handle.last_plan.forked.all()
+        assert cache.layers[0].state.fork_table.length[0, 0] == 12 + 6  # up to the clip
+    assert tokens[0] == tokens[1]
+
+
 def test_generated_tokens_are_text_whatever_their_id(thinker):
     """Forced to say the audio placeholder, the model goes on as after any word."""
     inputs = build_inputs([VIDEO_AUDIO])

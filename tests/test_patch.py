@@ -186,6 +186,10 @@ def test_tuples_and_no_cache_as_the_caller_asks(thinker):
     full = thinker(**inputs)
     assert full.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
     assert thinker(**inputs, use_cache=False).past_key_values is None
+    config = thinker.get_decoder().config
+    config.use_cache = False
+    assert thinker(**inputs).past_key_values is None
+    config.use_cache = True
     as_tuple = thinker(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], full.logits)
 

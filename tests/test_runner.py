@@ -314,6 +314,15 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_not_frozen(thinker, 
     assert handle.runner._refusal(thinker, {}) == f"rotary embedding of type {rope_type!r} changes with the length"
 
 
+def test_a_model_on_several_devices_and_one_that_waits_for_others_are_left_alone(thinker):
+    handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
+    assert handle.runner._refusal(thinker, {}) == ""
+    assert handle.runner._refusal(thinker, {"synced_gpus": True}) == "synced_gpus is set"
+    spread = copy.deepcopy(thinker)
+    spread.get_decoder().layers[3].to("meta")
+    assert fmd_ext.handle_of(spread).runner._refusal(spread, {}) == "the decoder lies on 2 devices"
+
+
 def test_hooks_of_the_user_still_run(thinker, monkeypatch):
     """A replay would run none. Without graphs they run in every step."""
     inputs, seen = build_inputs([VIDEO_AUDIO]), []

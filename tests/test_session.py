@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import fmd_ext
+from fmd_ext import FMDConfig
+from fmd_ext.session import Session
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, build_inputs
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
@@ -69,6 +71,16 @@ def test_labels_in_a_context_give_way_to_those_around_it(thinker):
         assert not handle.last_plan.forked.any()
     thinker(**inputs)
     assert handle.last_plan.forked.all()
+
+
+def test_branches_in_a_context_give_way_to_those_around_it():
+    session = Session(FMDConfig())
+    outer, inner = torch.zeros(2, 1, 3, 4), torch.ones(2, 1, 3, 4)
+    with session.labels([[0, 3, 0]]), session.branches(outer, 0):
+        with session.branches(inner, 0), session.branches(None, 0):
+            assert session.branches_for(1, 0, 3) is not None and session.branches_for(1, 0, 3).all()
+        assert not session.branches_for(1, 0, 3).any()
+    assert session.branches_for(1, 0, 3) is None
 
 
 def test_a_mask_after_generate_is_read_again(thinker):
