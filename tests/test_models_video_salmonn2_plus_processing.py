@@ -10,7 +10,7 @@ import torch
 
 from fmd_ext.chat import ClipProcessor, last_question_token, load_clip_for, prepare_batch, prepare_inputs
 from fmd_ext.media import Clip
-from fmd_ext.models.video_salmonn2_plus import VideoSalmonn2PlusConfig
+from fmd_ext.models.video_salmonn2_plus import VideoSalmonn2PlusConfig, VideoSalmonn2PlusProcessor
 from fmd_ext.models.video_salmonn2_plus.processing import pixel_budget, sound_after_frames, spread_frames
 from fmd_ext.tiny.video_salmonn2_plus import processor_for
 from video_salmonn2_plus_recorded import CLIP, FIXTURES, QUESTION, RECORDED, SMALL, repeated
@@ -149,6 +149,16 @@ def test_the_last_question_token(processor, clip):
 
 def test_a_system_prompt_replaces_the_models_own(processor, clip):
     assert processor.render([clip], QUESTION, "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_a_tokenizer_that_does_not_know_clips_is_refused(tmp_path):
+    """Such as the empty one that transformers makes for a folder without a tokenizer's files."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    with pytest.raises(ValueError, match=r"does not know the token <\|video_pad\|>, which is 272 to the model"):
+        VideoSalmonn2PlusProcessor.from_pretrained(tmp_path)
+    config = VideoSalmonn2PlusConfig.from_dict({**SMALL, "audio_token_id": 7})
+    with pytest.raises(ValueError, match=r"has at 273 the token <\|audio_pad\|>, which is 7 to the model"):
+        processor_for(config)
 
 
 def test_wrong_clips_and_texts_are_refused(processor, clip):

@@ -62,7 +62,19 @@ class VideoSalmonn2PlusProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: VideoSalmonn2PlusConfig, tokenizer: Any) -> VideoSalmonn2PlusProcessor:
-        """The processor that belongs to a model's configuration."""
+        """The processor that belongs to a model's configuration.
+
+        Raises ValueError for a tokenizer that does not know the tokens of clips, or has them at other ids. Without
+        files transformers makes an empty one.
+        """
+        vocabulary = tokenizer.get_vocab()
+        names = {"<|video_pad|>": "video", "<|audio_pad|>": "audio"}
+        names |= {"<|vision_start|>": "vision_start", "<|vision_end|>": "vision_end"}
+        for token, name in names.items():
+            found, expected = vocabulary.get(token), getattr(config, f"{name}_token_id")
+            if found != expected:
+                known = "does not know the token" if found is None else f"has at {found} the token"
+                raise ValueError(f"the tokenizer {known} {token}, which is {expected} to the model")
         from transformers import Qwen2VLVideoProcessor  # only here: it imports torchvision
 
         vision = config.vision_config
