@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # FFmpeg reads any file named .txt as a drawing in ANSI characters and makes a video of it.
 _FORMATS_THAT_ARE_NO_MEDIA = ("tty",)
+# Titles and the like need not be UTF-8, and nobody reads them here. PyAV before 19 must be told not to fail.
+_ANY_METADATA = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
 class MediaError(ValueError):
@@ -141,7 +143,7 @@ def _opened(path: str | Path) -> av.container.InputContainer:
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        container = av.open(str(path), metadata_errors="ignore")
+        container = av.open(str(path), **_ANY_METADATA)
     except av.FFmpegError as error:
         raise MediaError(f"{path} is no media file that can be read: {error.strerror}") from error
     if container.format.name in _FORMATS_THAT_ARE_NO_MEDIA:

@@ -54,6 +54,13 @@ def write(path, frames=(), wave=None, *, codec="mpeg4", wave_start=0, rotation=N
     return path
 
 
+def test_metadata_need_not_be_utf8(clip_path, tmp_path):
+    content = clip_path.read_bytes()
+    assert b"Lavf" in content  # the writer's name
+    (tmp_path / "old.mp4").write_bytes(content.replace(b"Lavf", b"\xe9\xff\xfeq"))
+    assert np.array_equal(load_clip(tmp_path / "old.mp4").frames, load_clip(clip_path).frames)
+
+
 def test_frames_are_those_on_show_at_the_sampling_times(clip_path, drawn):
     clip = load_clip(clip_path, fps=2.0)
     assert clip.frames.dtype == np.uint8 and clip.frames.shape == (6, 112, 160, 3)
