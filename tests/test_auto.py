@@ -158,6 +158,20 @@ def test_the_deepest_sample_decides_for_a_batch(model, eager, runner):
     assert tokens[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
 
 
+def test_the_runner_keeps_steps_of_different_depths_apart(model):
+    """Prompts of one shape that chose different depths are not run over each other's pools."""
+    prompts = [build_inputs([INTERLEAVED if seed % 2 == 0 else VIDEO_AUDIO], seed=seed) for seed in range(4)]
+    tokens, depths = [], []
+    for runner in (False, True):
+        handle = fmd_ext.patch(model, fork_layers="auto", alpha="auto", runner=runner)
+        for inputs in prompts:
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+            tokens.append(out.tolist())
+            depths.append(handle.last_plan.fork_layers)
+        handle.unpatch()
+    assert tokens[:4] == tokens[4:] and depths[:4] == depths[4:] and len(set(depths)) > 1
+
+
 def test_branches_that_mask_nothing_are_read_alike(model):
     handle = fmd_ext.patch(model, fork_layers=2, alpha="auto", mask_scale=1.0)
     model(**build_inputs([VIDEO_AUDIO]))

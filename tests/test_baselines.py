@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import fmd_ext
 from fmd_ext.adapters import AUDIO, TEXT, VISUAL, find_adapter
 from fmd_ext.baselines import avcd, pai, vcd
+from fmd_ext.baselines.decoding import plausible
 from fmd_ext.baselines.vcd import diffused
 from fmd_ext.interception import intercepting
 from fmd_ext.reference import decoder_inputs
@@ -229,6 +232,41 @@ def test_a_second_turn_and_a_model_left_as_it_was(thinker, name):
         assert module.__dict__.get("config") is state.get("config")
 
 
+def test_what_others_have_put_in_place_of_forward_stays(thinker):
+    """accelerate, for one, puts a forward of its own on the instance."""
+    own, calls = thinker.forward, []
+
+    @functools.wraps(own)
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    thinker.forward = forward
+    try:
+        with vcd(thinker):
+            thinker.generate(**build_inputs([VIDEO_AUDIO]), max_new_tokens=1)
+        assert thinker.forward is forward and len(calls) == 2
+    finally:
+        del thinker.forward
+
+
+def test_without_plausibility_every_token_is_possible():
+    plain, contrasted = torch.tensor([[0.0, 5.0, -9.0]]), torch.tensor([[1.0, 2.0, 3.0]])
+    assert torch.equal(plausible(contrasted, plain, 0.0), contrasted)
+    assert plausible(contrasted, plain, 1.0).tolist() == [[-torch.inf, 2.0, -torch.inf]]
+
+
+def test_noise_of_images_is_drawn_by_image(thinker):
+    """As that of each image alone; audio and text stay as they are, and so does what the caller has given."""
+    two = build_inputs([[("text", 2), ("image", (4, 4)), ("image", (4, 8)), ("audio", 20)]])
+    with vcd(thinker, noise_step=700, seed=3) as method:
+        noised = method.arguments("noised", two)
+    alone = diffused(two["pixel_values"][16:], 700, 3, two["image_grid_thw"][1:])
+    assert torch.equal(noised["pixel_values"][16:], alone)
+    assert not torch.equal(alone, diffused(two["pixel_values"][16:], 700, 4, two["image_grid_thw"][1:]))
+    assert [name for name in two if noised[name] is not two[name]] == ["pixel_values"]
+
+
 def test_noise_follows_the_schedule():
     """Variance preserving: the kept part and the noise add up to one; the same noise for every clip."""
     features = torch.zeros(8, 5000)
@@ -264,6 +302,8 @@ def test_what_is_refused(thinker):
     inputs = build_inputs([VIDEO_AUDIO])
     with vcd(thinker), pytest.raises(ValueError, match="leave num_beams unset"):
         thinker.generate(**inputs, num_beams=2, max_new_tokens=2)
+    with vcd(thinker), pytest.raises(ValueError, match="give pixel values, not mm_encoder_outputs"):
+        thinker(**inputs, mm_encoder_outputs={"video": torch.zeros(1)})
     with vcd(thinker), pytest.raises(ValueError, match="leave prompt_lookup_num_tokens unset"):
         thinker.generate(**inputs, prompt_lookup_num_tokens=2, max_new_tokens=2)
     fmd_ext.patch(thinker)

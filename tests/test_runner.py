@@ -15,7 +15,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import fmd_ext
 from fmd_ext.runner import runner as runner_module
-from fmd_ext.tiny import TOKEN_IDS, tiny_thinker
+from fmd_ext.tiny import TOKEN_IDS, tiny_processor, tiny_thinker
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
 from recorded import record_steps
 
@@ -166,6 +166,18 @@ def test_a_step_is_captured_once(thinker, monkeypatch):
         layer.down_proj.weight = weight
 
 
+def test_steps_of_samples_that_fork_and_that_do_not_are_apart(thinker, steps):
+    """Batches of one size and room, one after the other: the third finds the first one's step again."""
+    batches = [
+        build_inputs(samples)
+        for samples in ([VIDEO_AUDIO, TEXT_ONLY], [TEXT_ONLY, VIDEO_AUDIO], [VIDEO_AUDIO, TEXT_ONLY])
+    ]
+    theirs, ours, handle = both(
+        thinker, lambda: [thinker.generate(**b, **GREEDY).tolist() for b in batches], fork_layers=2
+    )
+    assert ours == theirs and len(handle.runner._steps) == 2
+
+
 def test_a_step_that_cannot_be_captured_is_launched(thinker, monkeypatch, caplog):
     record_steps(monkeypatch)
     inputs = build_inputs([VIDEO_AUDIO])
@@ -286,6 +298,7 @@ def test_the_models_limit_of_positions(steps):
         ({"prompt_lookup_num_tokens": 3}, "the mode is assisted generation"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states needs hidden states"),
         ({"use_cache": False}, "use_cache is off"),
+        ({"stop_strings": ["~"], "tokenizer": tiny_processor().tokenizer}, "stop_strings needs the tokenizer"),
         ({"custom_generate": lambda model, input_ids, **_: input_ids}, "custom_generate is given"),
     ],
 )
@@ -360,8 +373,10 @@ def test_patching_again_and_copies(thinker):
         fmd_ext.patch(thinker, fork_layers=2)
     inputs = build_inputs([VIDEO_AUDIO])
     expected = thinker.generate(**inputs, **GREEDY).tolist()
+    handle.runner.run_ahead = True
     twin = copy.deepcopy(thinker)
     own = fmd_ext.handle_of(twin).runner
+    assert own.run_ahead
     assert own is not handle.runner and own.session is not handle.session and not own._steps
     assert own.decoder is twin.get_decoder()
     assert twin.generate(**inputs, **GREEDY).tolist() == expected

@@ -42,7 +42,22 @@ def wrap(layer):
     layer.forward = lambda x: forward(x)
 
 
-@pytest.mark.parametrize("change", [change_scaling, merge, switch_off, move, replace, wrap, nn.Module.train])
+def reinterpret(layer):
+    layer.requires_grad_(False).weight.data = layer.weight.data.view(torch.int32)  # the same memory
+
+
+def hook(layer):
+    layer.register_forward_hook(lambda module, args, out: None)
+
+
+def hook_before(layer):
+    layer.register_forward_pre_hook(lambda module, args: None)
+
+
+CHANGES = [change_scaling, merge, switch_off, move, replace, reinterpret, wrap, hook, hook_before, nn.Module.train]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_shows(change):
     model = nn.Sequential(nn.ReLU(), Adapted()).eval()
     before = fingerprint(model)
