@@ -191,6 +191,15 @@ def test_a_clip_that_cannot_be_read_is_an_error_of_its_own(model, loaded, tmp_pa
     assert [p.error for p in results.predictions().values()].count(None) == 2
 
 
+def test_clips_of_unequal_frame_rate_are_asked_about_apart(model, loaded, tmp_path):
+    """A long clip is sampled at a lower rate, and one call takes one rate."""
+    long = write_clip(tmp_path / "long.mp4", seconds=4.0, width=64, height=56)
+    items = [loaded.items[0], dataclasses.replace(loaded.items[1], path=long)]
+    results = Results(tmp_path / "results")
+    runner(model, loaded, results, methods="vanilla").run(items, batch_size=2, progress=False)
+    assert [(p.error, p.batch) for p in results.predictions().values()] == [(None, 1)] * 2
+
+
 def test_a_prompt_beyond_the_models_context_is_an_error(model, loaded, tmp_path):
     short = runner(model, loaded, Results(tmp_path), methods="vanilla")
     short.context_limit = 30
@@ -210,6 +219,16 @@ def test_sampling_repeats_with_its_seed(model, loaded, tmp_path):
     assert first == sampled("again", 0) and first != sampled("other", 1)
     item = loaded.items[0].id
     assert len({first["vanilla", item, sample] for sample in range(3)}) > 1
+
+
+def test_the_random_numbers_are_the_same_for_all_methods(model, loaded, tmp_path):
+    """Two names of one method give the same samples: what differs between methods is the method."""
+    results = Results(tmp_path)
+    decoding = Decoding(temperature=1.0, samples=2, max_new_tokens=4)
+    methods = ("fmd-zero:fork_layers=2", "fmd:masking=zero:fork_layers=2")
+    runner(model, loaded, results, methods=",".join(methods), decoding=decoding).run(loaded.items[:2], progress=False)
+    said = [[p.raw for p in results.predictions().values() if p.method == method] for method in methods]
+    assert said[0] == said[1] and len(said[0]) == 4
 
 
 def test_rank_and_size(monkeypatch):

@@ -98,6 +98,35 @@ def test_samples_are_averaged_within_their_item(tmp_path):
     cells = evaluation.tables[0].rows[ALL]
     assert cells["vanilla"].accuracy.value == 0.5 and cells["vanilla"].accuracy.standard_error == 0
     assert cells["fmd"].accuracy.num_items == 6
+    evaluation = evaluate(make(tmp_path / "half", {"vanilla": [("Yes", "hm"), ("hm", "No")]}, samples=2))
+    cell = evaluation.tables[0].rows[ALL]["vanilla"]
+    assert (cell.accuracy.value, cell.unparsed) == (0.0, 0.5)  # "Yes" to an item whose answer is no, and the reverse
+
+
+def test_groups_have_the_same_weight_in_their_mean(tmp_path):
+    tasks = [TASKS[0]] * 9 + [TASKS[1]] * 3
+    items = [
+        Item(f"i{i}", f"v{i}", None, "Is it?", "yes-no", "yes", (), {"task": task}) for i, task in enumerate(tasks)
+    ]
+    evaluation = evaluate(make(tmp_path, {"vanilla": ["Yes"] * 6 + ["No"] * 4 + ["Yes"] * 2}, items=items))
+    assert evaluation.tables[0].rows[ALL]["vanilla"].accuracy.value == pytest.approx(8 / 12)
+    assert evaluation.averages["task"]["vanilla"].value == pytest.approx((6 / 9 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_power_counts_questions_that_go_together(tmp_path, together):
+    """Answers that change by video need more questions; those that change apart never fewer than independent ones."""
+    changed = [i % 8 < 2 if together else i % 4 == i // 4 % 2 for i in range(240)]
+    items = [Item(f"i{i}", f"v{i // 2}", None, "Is it?", "yes-no", "yes", (), {}) for i in range(240)]
+    answers = {"vanilla": ["No"] * 240, "fmd": ["Yes" if change else "No" for change in changed]}
+    evaluation = evaluate(make(tmp_path, answers, items=items))
+    difference = evaluation.tables[0].rows[ALL]["fmd"].comparison.difference
+    assert difference.design_effect > 1.5 if together else difference.design_effect < 0.8
+    effect = difference.design_effect if together else 1.0
+    needed = statistics.items_needed(0.05, sum(changed) / 240, design_effect=effect)
+    assert evaluation.items_needed["fmd"]["0.05"] == needed
+    shown = statistics.detectable_gain(240, sum(changed) / 240, design_effect=effect)
+    assert evaluation.detectable["fmd"] == pytest.approx(shown)
 
 
 def test_a_parser_that_learns_changes_the_scores(tmp_path, monkeypatch):

@@ -97,6 +97,10 @@ def test_bootstrap_of_f1():
     assert estimate.low < estimate.value < estimate.high
     assert estimate == statistics.bootstrap(f1, columns, np.arange(400) // 4, seed=3)
     assert np.isnan(statistics.bootstrap(f1, np.zeros((4, 3))).value)  # 0 / 0 is not 0
+    rare = np.zeros((12, 3))
+    rare[0, 0] = rare[1, 1] = 1  # resamples without these two have no F1: they are left out
+    estimate = statistics.bootstrap(f1, rare)
+    assert np.isfinite([estimate.standard_error, estimate.low, estimate.high]).all()
     perfect = statistics.bootstrap(f1, np.array([[1, 0, 0]] * 5))  # of which no resample says how sure it is
     assert perfect.value == 1 and np.isnan([perfect.standard_error, perfect.low, perfect.high]).all()
 
@@ -117,6 +121,10 @@ def test_compare_many_discordant_items_by_sampling():
     baseline = np.repeat([0, 1], [30, 15])
     result = statistics.compare(1 - baseline, baseline)
     assert result.p_value == pytest.approx(scipy_stats.binomtest(30, 45).pvalue, abs=0.005)
+
+
+def test_a_sampled_p_value_is_never_zero():
+    assert statistics.compare(np.ones(60), np.zeros(60)).p_value == pytest.approx(1 / 20_001)
 
 
 def test_compare_counts_videos_not_items():
