@@ -119,7 +119,9 @@ def test_caches_that_cannot_be_used(thinker):
     with pytest.raises(TypeError, match="Static, compiled, quantized"):
         thinker.generate(**inputs, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(TypeError, match="with offloading"):
-        thinker(**inputs, past_key_values=DynamicCache(offloading=True))
+        offloaded = DynamicCache()
+        offloaded.offloading = True  # its constructor wants a device where torch is a CUDA build
+        thinker(**inputs, past_key_values=offloaded)
     fmd_ext.unpatch(thinker)
     with pytest.raises(RuntimeError, match="cannot be used by another model or after unpatch"):
         thinker(input_ids=torch.tensor([[30]]), past_key_values=ours)

@@ -11,6 +11,7 @@ import torch
 import fmd_ext
 from fmd_ext import FMDConfig
 from fmd_ext.session import Session
+from fmd_ext.tiny import tiny_thinker
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, build_inputs
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 6}
@@ -94,7 +95,8 @@ def test_a_mask_after_generate_is_read_again(thinker):
     assert handle.last_plan.num_home == 1
 
 
-def test_a_patched_model_is_not_pickled(thinker):
+def test_a_patched_model_is_not_pickled():
+    thinker = tiny_thinker()  # one of its own: transformers' hooks for hidden states, once in a model, cannot be pickled
     fmd_ext.patch(thinker)
     with pytest.raises(TypeError, match="a patched model cannot be pickled.*unpatch it first"):
         pickle.dumps(thinker)
