@@ -96,7 +96,7 @@ def test_a_mask_after_generate_is_read_again(thinker):
 
 
 def test_a_patched_model_is_not_pickled():
-    thinker = tiny_thinker()  # one of its own: transformers' hooks for hidden states, once in a model, cannot be pickled
+    thinker = tiny_thinker()  # its own: hooks of transformers, which stay in a model once used, cannot be pickled
     fmd_ext.patch(thinker)
     with pytest.raises(TypeError, match="a patched model cannot be pickled.*unpatch it first"):
         pickle.dumps(thinker)
