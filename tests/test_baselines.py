@@ -287,9 +287,10 @@ def test_noise_follows_the_schedule():
     [
         (vcd, {"contrast": -1}, "contrast must be 0 or more, got -1"),
         (vcd, {"noise_step": 1000}, r"noise_step must be in \[0, 999\], got 1000"),
-        (vcd, {"modalities": ("smell",)}, "modalities must be some of visual, audio, got"),
+        (vcd, {"modalities": ("smell",)}, r'modalities must be \("visual",\), \("audio",\) or both, got \(.smell'),
+        (vcd, {"modalities": "audio"}, "or both, got 'audio'"),
         (pai, {"gamma": 0.5}, "gamma must be 1 or more"),
-        (pai, {"modalities": ()}, "modalities must be some of"),
+        (pai, {"modalities": ()}, "modalities must be"),
         (avcd, {"beta": 1.5}, r"beta must be in \[0, 1\]"),
     ],
 )
@@ -300,6 +301,8 @@ def test_settings_out_of_range(thinker, method, settings, says):
 
 def test_what_is_refused(thinker):
     inputs = build_inputs([VIDEO_AUDIO])
+    with pytest.raises(TypeError, match="contrast must be a number, got 'much'"), avcd(thinker, contrast="much"):
+        pass
     with vcd(thinker), pytest.raises(ValueError, match="leave num_beams unset"):
         thinker.generate(**inputs, num_beams=2, max_new_tokens=2)
     with vcd(thinker), pytest.raises(ValueError, match="give pixel values, not mm_encoder_outputs"):

@@ -12,7 +12,7 @@ import inspect
 import math
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fmd_ext.adapters import PADDING, find_adapter
+from fmd_ext.config import MODALITIES
 from fmd_ext.interception import intercepting
 from fmd_ext.patching import handle_of
 
@@ -225,10 +226,20 @@ def plausible(contrasted: Tensor, plain: Tensor, beta: float) -> Tensor:
 
 
 def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raises ValueError unless ``least <= value <= most``."""
+    """Raises TypeError unless it is a number, ValueError unless ``least <= value <= most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not least <= value <= most:
         accepted = f"in [{least:g}, {most:g}]" if most < math.inf else f"{least:g} or more"
         raise ValueError(f"{name} must be {accepted}, got {value}")
+
+
+def check_modalities(modalities: Iterable[str]) -> tuple[str, ...]:
+    """Raises ValueError unless they are one or more of ``MODALITIES``."""
+    chosen = () if isinstance(modalities, str) else tuple(modalities)
+    if not chosen or not set(chosen) <= set(MODALITIES):
+        raise ValueError(f'modalities must be ("visual",), ("audio",) or both, got {modalities!r}')
+    return chosen
 
 
 def visible_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from fmd_ext.baselines.decoding import (
     applied,
     attention_scores,
     attention_without,
+    check_modalities,
     check_range,
     plausible,
     visible_keys,
@@ -64,9 +65,7 @@ def pai(
     check_range("gamma", gamma, 1)
     check_range("beta", beta, 0, 1)
     check_range("first_layer", first_layer, 0)
-    chosen = tuple(modalities)
-    if not chosen or not set(chosen) <= set(MODALITIES):
-        raise ValueError(f"modalities must be some of {', '.join(MODALITIES)}, got {chosen}")
+    chosen = check_modalities(modalities)
     method = _PAI(boost, gamma, beta, first_layer, [JOINT, *(LABELS[name] for name in chosen)])
     with applied(model, method):
         yield method

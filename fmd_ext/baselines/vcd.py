@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fmd_ext.adapters import find_adapter
-from fmd_ext.baselines.decoding import Method, Sequence, applied, check_range, plausible
-from fmd_ext.config import MODALITIES
+from fmd_ext.baselines.decoding import Method, Sequence, applied, check_modalities, check_range, plausible
 
 NUM_NOISE_STEPS = 1000
 # Inputs whose rows belong to clips by a grid [clips, 3] of patches; others have one leading index per clip.
@@ -52,9 +51,7 @@ def vcd(
     check_range("contrast", contrast, 0)
     check_range("beta", beta, 0, 1)
     check_range("noise_step", noise_step, 0, NUM_NOISE_STEPS - 1)
-    chosen = tuple(modalities)
-    if not chosen or not set(chosen) <= set(MODALITIES):
-        raise ValueError(f"modalities must be some of {', '.join(MODALITIES)}, got {chosen}")
+    chosen = check_modalities(modalities)
     names = [name for source in find_adapter(model).sources if source.modality in chosen for name in source.inputs]
     if not names:
         raise TypeError(f"{type(model).__name__} has no features that are {' or '.join(chosen)} alone")
