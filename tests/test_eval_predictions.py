@@ -78,6 +78,11 @@ def test_a_share_is_held_by_one(results):
 
 
 def test_a_folder_of_other_settings_is_refused(results):
+    results.begin({"model": "n", "about": {"torch": "1"}}, [])  # nothing is held yet: it is begun anew
+    assert results.settings()["model"] == "n" and results.items() == []
+    results.begin({"model": "m", "about": {"torch": "1"}}, [])
+    with Share(results.share_path(0, 1)) as share:
+        share.append([prediction("a")])
     results.begin({"model": "m", "about": {"torch": "2"}}, [])  # versions may differ
     with pytest.raises(ResultsError, match="holds predictions with model='m', this run has 'n'"):
         results.begin({"model": "n"}, [])
@@ -88,7 +93,10 @@ def test_a_folder_of_other_settings_is_refused(results):
 
 def test_settings_of_a_method_are_recorded_once(results):
     results.begin_methods({"fmd": {"fork_layers": 2, "alpha": 0.8}})
+    results.begin_methods({"vanilla": {}, "fmd": {"fork_layers": 3, "alpha": 0.8}})  # nobody has answered by it yet
     results.begin_methods({"vanilla": {}, "fmd": {"fork_layers": 2, "alpha": 0.8}})
+    with Share(results.share_path(0, 1)) as share:
+        share.append([prediction("a", method="fmd")])
     assert list(results.methods()) == ["fmd", "vanilla"]
     with pytest.raises(ResultsError, match="holds predictions of fmd with .*'fork_layers': 2.*, now it means"):
         results.begin_methods({"fmd": {"fork_layers": 3, "alpha": 0.8}})

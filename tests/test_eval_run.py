@@ -243,7 +243,10 @@ def test_rank_and_size(monkeypatch):
         rank_and_size()
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"samples": 2}, {"samples": 0}])
+WRONG = [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"samples": 2}, {"samples": 0}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_decoding_is_refused(wrong):
     with pytest.raises(ValueError):
         Decoding(**wrong)

@@ -35,7 +35,7 @@ class Decoding:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
         if self.samples < 1 or (self.samples > 1 and not self.temperature):
             raise ValueError(f"samples must be 1, or more with a temperature above 0, got {self.samples}")

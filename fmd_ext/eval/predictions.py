@@ -115,22 +115,28 @@ class Results:
     def begin(self, settings: Mapping[str, Any], items: Iterable[Item]) -> None:
         """Records what decides the predictions, or checks that the folder's are of the same settings.
 
+        A folder without predictions, as a run leaves it that failed at its first question, is begun anew.
         ``settings["about"]`` is recorded too but not compared: versions, the machine. Raises ResultsError naming what
         differs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))  # as it will be read
         path = self.folder / "run.json"
+        rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
+        questions = json.dumps(rows, ensure_ascii=False)
         if not _create(path, json.dumps(settings, indent=2)):
             before = self.settings()
-            for name in sorted((before.keys() | settings.keys()) - {"about"}):
-                if before.get(name) != settings.get(name):
-                    raise ResultsError(
-                        f"{self.folder} holds predictions with {name}={before.get(name)!r}, this run has "
-                        f"{settings.get(name)!r}: choose another folder, or the same settings"
-                    )
-        rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
-        _create(self.folder / "items.json", json.dumps(rows, ensure_ascii=False))
+            names = sorted((before.keys() | settings.keys()) - {"about"})
+            differing = next((name for name in names if before.get(name) != settings.get(name)), None)
+            if differing is not None and self.predictions():
+                raise ResultsError(
+                    f"{self.folder} holds predictions with {differing}={before.get(differing)!r}, this run has "
+                    f"{settings.get(differing)!r}: choose another folder, or the same settings"
+                )
+            if differing is not None:
+                write_atomically(path, json.dumps(settings, indent=2))
+                write_atomically(self.folder / "items.json", questions)
+        _create(self.folder / "items.json", questions)
 
     def begin_methods(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Records all settings in force of each method, defaults included, or checks that they are the recorded ones.
@@ -138,8 +144,11 @@ class Results:
         Raises ResultsError for a method whose settings were others, as after a change of defaults.
         """
         recorded = self.methods()
+        answered = {key[0] for key in self.predictions()}
         for name, values in json.loads(json.dumps(settings)).items():
-            if recorded.setdefault(name, values) != values:
+            if name not in answered:
+                recorded[name] = values
+            elif recorded.setdefault(name, values) != values:
                 raise ResultsError(
                     f"{self.folder} holds predictions of {name} with {recorded[name]}, now it means {values}: choose "
                     "another folder, or name the settings"
