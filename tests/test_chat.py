@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmd_ext.chat import ClipProcessor, last_question_token, load_clip_for, prepare_batch, prepare_inputs
+from fmd_ext.chat import ClipProcessor, last_question_token, load_clip_for, prepare_batch, prepare_inputs, speech_inputs
 from fmd_ext.media import Clip
 from fmd_ext.tiny import tiny_processor, write_clip
 
@@ -55,6 +55,28 @@ def test_the_last_question_token_is_found(clip):
     index = last_question_token(processor, "Why?")
     assert processor.tokenizer.decode(ids[: len(ids) + index + 1]).endswith("Why?")
     assert torch.equal(ids[index + 1 :], torch.tensor(processor.tokenizer(". Answer:")["input_ids"]))
+
+
+def test_a_question_that_is_in_the_system_prompt_too_is_found_where_it_is_asked(clip):
+    processor = tiny_processor()
+    question = "You are a helpful assistant."
+    ids = prepare_inputs(processor, clip, question)["input_ids"][0]
+    ends = ids[: len(ids) + last_question_token(processor, question) + 1]
+    text = processor.tokenizer.decode(ends)
+    assert text.endswith(question) and text.count(question) == 2
+
+
+def test_the_frame_rate_reaches_the_model():
+    """A pair of frames stands for two seconds at one frame per second; positions count by that."""
+    for fps, seconds in ((1.0, 2.0), (4.0, 0.5)):
+        clip = Clip(np.zeros((4, 56, 56, 3), np.uint8), fps, None, 16000, 4 / fps)
+        assert prepare_inputs(tiny_processor(), clip, "Why?")["video_second_per_grid"].tolist() == [seconds]
+
+
+def test_pixels_of_speech_are_the_thinkers():
+    given = {"input_ids": 1, "pixel_values": 2, "pixel_values_videos": 3, "input_features": 4}
+    expected = {"input_ids": 1, "thinker_pixel_values": 2, "thinker_pixel_values_videos": 3, "input_features": 4}
+    assert speech_inputs(given) == expected
 
 
 @pytest.mark.parametrize("question", ["", " \n", None])

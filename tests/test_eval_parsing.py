@@ -99,6 +99,7 @@ WORDS = ("yes", "no", "left", "right", "acoustic_guitar", "electric bass", "drum
         ("2", COUNTS, "two"),
         ("There are 2 instruments.", COUNTS, "two"),
         ("More than ten.", COUNTS, "more than ten"),
+        ("There are more than ten of them.", COUNTS, "more than ten"),
         ("ten", COUNTS, "ten"),
         ("Acoustic guitar", WORDS, "acoustic_guitar"),
         ("It is the drum.", WORDS, "drum"),

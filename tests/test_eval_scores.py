@@ -83,6 +83,15 @@ def test_against_counts_by_hand(tmp_path):
     assert evaluation.speed["fmd"]["first_token_ratio"] == pytest.approx(2)
 
 
+def test_p_values_are_adjusted_within_their_table(tmp_path):
+    answers = {"vanilla": ["Yes", "No"] * 20, "a": ["No", "Yes"] * 20, "b": ["Yes"] * 40}
+    for table in evaluate(make(tmp_path, answers)).tables:
+        cells = [cell for row in table.rows.values() for cell in row.values() if cell.comparison]
+        expected = statistics.holm([cell.comparison.p_value for cell in cells])
+        assert [cell.adjusted_p for cell in cells] == expected and len(cells) == 2 * len(table.rows)
+        assert any(cell.adjusted_p > cell.comparison.p_value for cell in cells)
+
+
 def test_methods_are_compared_on_what_all_have_answered(tmp_path):
     evaluation = evaluate(make(tmp_path, {"fmd": ["Yes"] * 3 + [None], "vanilla": ["Yes", "No", None, "Yes"]}))
     assert evaluation.methods == ["vanilla", "fmd"]  # the baseline first
