@@ -119,6 +119,17 @@ def test_rows_of_branch_modalities_are_in_the_right_branch(thinker, inputs, posi
     assert first.branch == home and (first.audio if home == "visual" else first.visual) == 0
 
 
+@pytest.mark.parametrize("masking", ["zero", "attention"])
+def test_a_position_of_the_prefix_is_of_all_branches(thinker, eager, inputs, masking):
+    """It has one row, in forked layers too, and sees what it sees in the model as it is."""
+    shares = expected(eager, **decoder_inputs(eager, **inputs), position=2)
+    fmd_ext.patch(thinker, fork_layers=2, masking=masking)
+    share = attention_share(thinker, inputs, 2)
+    assert share.branches == ("all",) and len(share.layers) == 4
+    for layer, wanted in zip(share.layers, shares, strict=True):
+        assert_close(layer, wanted)
+
+
 def test_a_sample_that_does_not_fork(thinker, eager):
     inputs = build_inputs([[("text", 5), ("video", (2, 4, 4)), ("text", 4)]])
     given = decoder_inputs(eager, **inputs)

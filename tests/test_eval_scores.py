@@ -107,9 +107,9 @@ def test_samples_are_averaged_within_their_item(tmp_path):
     cells = evaluation.tables[0].rows[ALL]
     assert cells["vanilla"].accuracy.value == 0.5 and cells["vanilla"].accuracy.standard_error == 0
     assert cells["fmd"].accuracy.num_items == 6
-    evaluation = evaluate(make(tmp_path / "half", {"vanilla": [("Yes", "hm"), ("hm", "No")]}, samples=2))
+    evaluation = evaluate(make(tmp_path / "half", {"vanilla": [("Yes", "Yes"), ("Yes", "hm")]}, samples=2))
     cell = evaluation.tables[0].rows[ALL]["vanilla"]
-    assert (cell.accuracy.value, cell.unparsed) == (0.0, 0.5)  # "Yes" to an item whose answer is no, and the reverse
+    assert (cell.accuracy.value, cell.unparsed) == (0.25, 0.25)  # the first item's answer is no, the second's yes
 
 
 def test_groups_have_the_same_weight_in_their_mean(tmp_path):
@@ -117,9 +117,9 @@ def test_groups_have_the_same_weight_in_their_mean(tmp_path):
     items = [
         Item(f"i{i}", f"v{i}", None, "Is it?", "yes-no", "yes", (), {"task": task}) for i, task in enumerate(tasks)
     ]
-    evaluation = evaluate(make(tmp_path, {"vanilla": ["Yes"] * 6 + ["No"] * 4 + ["Yes"] * 2}, items=items))
-    assert evaluation.tables[0].rows[ALL]["vanilla"].accuracy.value == pytest.approx(8 / 12)
-    assert evaluation.averages["task"]["vanilla"].value == pytest.approx((6 / 9 + 2 / 3) / 2)
+    evaluation = evaluate(make(tmp_path, {"vanilla": ["Yes"] * 6 + ["No"] * 3 + ["Yes"] * 3}, items=items))
+    assert evaluation.tables[0].rows[ALL]["vanilla"].accuracy.value == pytest.approx(9 / 12)
+    assert evaluation.averages["task"]["vanilla"].value == pytest.approx((6 / 9 + 1) / 2)
 
 
 @pytest.mark.parametrize("together", [True, False])
