@@ -69,8 +69,8 @@ void launch_branched_decode_cuda(const BranchedAttentionParams& params, void* wo
     launch(name, branched_decode_kernel<T, kDim>, plan.blocks, Shape::kThreads, decode_shared_bytes<kDim>(), stream,
            params, partials, q_is_aligned);
     launch("branched_decode_combine", branched_decode_combine_kernel<T, kDim>,
-           ceil_div(params.num_groups * params.num_qo_heads, kCombineWarps), kCombineWarps * kWarpSize, 0, stream,
-           params, partials);
+           ceil_div(params.num_groups * params.num_qo_heads, kCombineWarps), kCombineWarps * kWarpSize,
+           kCombineSharedBytes, stream, params, partials);
   });
 }
 

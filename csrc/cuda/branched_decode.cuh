@@ -274,15 +274,26 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
 }
 
 constexpr int kCombineWarps = 4;
+constexpr int kCombineSharedBytes = kCombineWarps * kWarpSize * static_cast<int>(sizeof(float));
+// Vectors that a warp reads at once. A unit has a hundred parts, and one after the other each would take as long as the
+// way to memory and back.
+constexpr int kCombineReads = 8;
+
+// A lane's share of a vector.
+template <int kDims>
+struct alignas(sizeof(float) * kDims) LaneDims {
+  float dim[kDims];
+};
 
 // A warp per group and query head: out = sum of out_i 2^(maximum_i - maximum) / sum of sum_i 2^(maximum_i - maximum).
 template <typename T, int kDim>
 FMD_KERNEL(kCombineWarps* kWarpSize, 1)
 branched_decode_combine_kernel(const BranchedAttentionParams params, const DecodePartials partials) {
   constexpr int kLaneDims = kDim / kWarpSize;
-  const int64_t item = block_index() * kCombineWarps + thread_index() / kWarpSize;
+  using Vec = LaneDims<kLaneDims>;
+  const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
+  const int64_t item = block_index() * kCombineWarps + warp;
   if (item >= params.num_groups * params.num_qo_heads) return;
-  const int lane = thread_index() % kWarpSize;
   const int group = static_cast<int>(item / params.num_qo_heads);
   const int qo_head = static_cast<int>(item % params.num_qo_heads);
   const int group_size = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
@@ -304,17 +315,39 @@ branched_decode_combine_kernel(const BranchedAttentionParams params, const Decod
 #pragma unroll
   for (int mask = 1; mask < kWarpSize; mask *= 2) maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
 
+  // A weight per lane and part, then all lanes over the vectors of these parts.
+  float* weights = shared_memory<float>() + warp * kWarpSize;
+  const Vec* vectors = reinterpret_cast<const Vec*>(partials.out) + lane;
   float sum = 0.0f, out[kLaneDims] = {};
-  for (int part = 0; part < num_parts; ++part) {
-    const int64_t partial = partial_of(part);
-    const float own_sum = partials.sum[partial];
-    if (own_sum == 0.0f) continue;
-    const float weight = exp2_fast(partials.maximum[partial] - maximum);
-    sum += own_sum * weight;
-    const float* from = partials.out + partial * kDim + lane * kLaneDims;
+  for (int first = 0; first < num_parts; first += kWarpSize) {
+    const int last = (num_parts < first + kWarpSize ? num_parts : first + kWarpSize) - 1;
+    float weight = 0.0f;
+    if (first + lane <= last) {
+      const int64_t partial = partial_of(first + lane);
+      const float own_sum = partials.sum[partial];
+      if (own_sum != 0.0f) weight = exp2_fast(partials.maximum[partial] - maximum);
+      sum += own_sum * weight;
+    }
+    warp_barrier();
+    weights[lane] = weight;
+    warp_barrier();
+    for (int part = first; part <= last; part += kCombineReads) {
+      Vec read[kCombineReads];
 #pragma unroll
-    for (int i = 0; i < kLaneDims; ++i) out[i] += from[i] * weight;
+      for (int i = 0; i < kCombineReads; ++i) {
+        read[i] = vectors[partial_of(part + i < last ? part + i : last) * kWarpSize];
+      }
+#pragma unroll
+      for (int i = 0; i < kCombineReads; ++i) {
+        const float own_weight = weights[part - first + i];
+        if (own_weight == 0.0f) continue;  // then the vector may be anything
+#pragma unroll
+        for (int d = 0; d < kLaneDims; ++d) out[d] += read[i].dim[d] * own_weight;
+      }
+    }
   }
+#pragma unroll
+  for (int mask = 1; mask < kWarpSize; mask *= 2) sum += shuffle_xor(sum, mask);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   const int64_t q_row = params.qo_rows[group];
   T* to = static_cast<T*>(params.out) + q_row * params.out_stride_row + qo_head * params.out_stride_head;
