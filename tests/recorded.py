@@ -62,11 +62,11 @@ class Recording(TorchDispatchMode):
 
 def record_steps(monkeypatch):
     """Lets the decode runner capture its steps on the CPU. Returns the list that the recordings are appended to."""
-    from fmd_ext.runner.step import StaticStep
+    from fmd_ext.runner.step import CaptureSite, StaticStep
 
     recordings = []
 
-    def record(self, cache, memory):
+    def record(self, cache, site):
         self._launch(cache)  # as on CUDA, where this one is not captured
         with Recording() as recording:
             self._launch(cache)
@@ -75,5 +75,5 @@ def record_steps(monkeypatch):
 
     monkeypatch.setattr(StaticStep, "has_graphs", staticmethod(lambda device: True))
     monkeypatch.setattr(StaticStep, "_record", record)
-    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    monkeypatch.setattr(CaptureSite, "on", lambda device: None)
     return recordings

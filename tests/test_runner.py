@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import fmd_ext
 from fmd_ext.runner import runner as runner_module
+from fmd_ext.runner.step import StaticStep
 from fmd_ext.tiny import TOKEN_IDS, tiny_processor, tiny_thinker
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
 from recorded import record_steps
@@ -192,6 +194,19 @@ def test_a_step_that_cannot_be_captured_is_launched(thinker, monkeypatch, caplog
         assert thinker.generate(**inputs, **GREEDY).tolist() == expected.tolist()
     assert "without a CUDA graph: the capture failed: aten::_local_scalar_dense reads a value back" in caplog.text
     assert "11 static steps without a CUDA graph: the capture failed" in handle.runner.last
+
+
+def test_a_step_that_waits_for_the_device_is_told_before_it_is_captured(monkeypatch):
+    modes, mode = [], "as the user set it"
+    monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: mode)
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+    step = object.__new__(StaticStep)
+    step._launch = lambda cache: warnings.warn("something else", stacklevel=1)
+    step._refuse_waits(None)
+    step._launch = lambda cache: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    with pytest.raises(RuntimeError, match=r"test_runner.py, line \d+, makes the host wait for the device"):
+        step._refuse_waits(None)
+    assert modes == ["warn", mode, "warn", mode]
 
 
 class Collected(TextStreamer):

@@ -23,18 +23,18 @@ def model():
     return tiny_thinker(seed=0).to("cuda", torch.bfloat16)
 
 
-def on_device(samples):
+def on_device(samples, device="cuda"):
     inputs = build_inputs(samples)
-    moved = {name: value.cuda() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    moved = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return inputs | {n: v.bfloat16() if v.is_floating_point() else v for n, v in moved.items()}
 
 
-def forced(width):
+def forced(ids):
     """The same words whatever the model says, so that rounding cannot make two runs part."""
-    words = torch.randint(20, 260, (COUNT,), generator=torch.Generator().manual_seed(0)).cuda()
+    words = torch.randint(20, 260, (COUNT,), generator=torch.Generator().manual_seed(0)).to(ids.device)
 
-    def force(ids, scores):
-        return torch.full_like(scores, -torch.inf).index_fill_(1, words[ids.shape[1] - width][None], 0.0)
+    def force(so_far, scores):
+        return torch.full_like(scores, -torch.inf).index_fill_(1, words[so_far.shape[1] - ids.shape[1]][None], 0.0)
 
     return LogitsProcessorList([force])
 
@@ -42,7 +42,7 @@ def forced(width):
 def logits(model, inputs):
     out = model.generate(
         **inputs, max_new_tokens=COUNT, do_sample=False, eos_token_id=None, output_logits=True,
-        return_dict_in_generate=True, logits_processor=forced(inputs["input_ids"].shape[1]),
+        return_dict_in_generate=True, logits_processor=forced(inputs["input_ids"]),
     )  # fmt: skip
     return torch.stack(out.logits, 1).float()
 
@@ -88,6 +88,35 @@ def test_a_step_waits_for_nothing(model, monkeypatch):
     with fmd_ext.patch(model, fork_layers=2):
         model.generate(**on_device([VIDEO_AUDIO, TEXT_ONLY]), max_new_tokens=8, min_new_tokens=8)
     assert waits == list(range(2, 8))
+
+
+def test_a_step_that_waits_is_launched_and_nothing_is_amiss_afterwards(model, monkeypatch):
+    inputs = on_device([VIDEO_AUDIO])
+    call = {**inputs, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True}
+    mlp = model.get_decoder().layers[1].mlp
+    forward = mlp.forward
+    stream = torch.cuda.current_stream()
+    with monkeypatch.context() as waiting:
+        waiting.setattr(mlp, "forward", lambda hidden: forward(hidden) + 0 * hidden.sum().item())
+        with fmd_ext.patch(model, fork_layers=2) as handle:
+            model.generate(**call)
+            assert "5 static steps without a CUDA graph" in handle.runner.last
+            assert f"{__file__}, line" in handle.runner.last and "makes the host wait" in handle.runner.last
+    assert torch.cuda.current_stream() == stream and torch.cuda.get_sync_debug_mode() == 0
+    with fmd_ext.patch(model, fork_layers=2) as handle:
+        model.generate(**call)
+        assert handle.runner.last == "decode runner: 5 replays of a captured graph"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device: no graph was captured on a second")
+def test_a_device_that_is_not_current():
+    model, inputs = tiny_thinker(seed=0).to("cuda:1", torch.bfloat16), on_device([VIDEO_AUDIO], "cuda:1")
+    with fmd_ext.patch(model, fork_layers=2, runner=False):
+        expected = logits(model, inputs)
+    with fmd_ext.patch(model, fork_layers=2) as handle:
+        actual = logits(model, inputs)
+        assert "replays" in handle.runner.last and torch.cuda.current_device() == 0
+        assert (actual - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
 def test_another_stream(model):

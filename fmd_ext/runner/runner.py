@@ -21,7 +21,7 @@ from fmd_ext.session import Session
 
 from .fingerprint import fingerprint, hooked
 from .loop import StaticLoop
-from .step import StaticStep, StepInputs
+from .step import CaptureSite, StaticStep, StepInputs
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class DecodeRunner:
         self.run_ahead: bool | None = None
         self.last = ""
         self._steps: OrderedDict[tuple, StaticStep] = OrderedDict()
-        self._memory: dict[torch.device, Any] = {}
+        self._sites: dict[torch.device, CaptureSite] = {}
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeRunner:
@@ -147,7 +147,7 @@ class DecodeRunner:
         plan = state.make_plan(np.zeros((state.batch, 1), np.int8))
         step.load(plan, inputs)
         if step.graph is None and not step.why_no_graph:
-            step.capture(cache, self._memory_of(step.device))
+            step.capture(cache, self._site_on(step.device))
             step.load(plan, inputs)
         step.key = key
         return step
@@ -161,13 +161,12 @@ class DecodeRunner:
     def forget(self) -> None:
         """Lets go of all steps, their graphs and pools."""
         self._steps.clear()
-        self._memory.clear()
+        self._sites.clear()
 
-    def _memory_of(self, device: torch.device) -> Any:
-        """One memory pool for all graphs: they never run at the same time."""
-        if device not in self._memory:
-            self._memory[device] = torch.cuda.graph_pool_handle()
-        return self._memory[device]
+    def _site_on(self, device: torch.device) -> CaptureSite:
+        if device not in self._sites:
+            self._sites[device] = CaptureSite.on(device)
+        return self._sites[device]
 
 
 class Decoding:

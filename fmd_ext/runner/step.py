@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -51,6 +52,24 @@ class StepInputs:
     def key(self) -> tuple:
         shapes = tuple((name, tensor.dtype) for name, tensor in sorted(self.tensors.items()))
         return tuple(self.positions.shape), self.positions.dtype, shapes, tuple(sorted(self.options.items(), key=str))
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureSite:
+    """Where the graphs of a device are captured.
+
+    Args:
+        memory: the pool of their intermediate results: one for all, since they never run at the same time.
+        stream: one for all, since libraries keep a workspace for every stream that they have seen. Its first launches
+            are not captured, so that these workspaces do not lie in ``memory``.
+    """
+
+    memory: Any
+    stream: torch.cuda.Stream
+
+    @classmethod
+    def on(cls, device: torch.device) -> CaptureSite:
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
 
 class StaticStep:
@@ -111,30 +130,53 @@ class StaticStep:
             self._launch(cache)
         return self.logits
 
-    def capture(self, cache: Cache, memory: Any) -> None:
-        """Captures the graph, with intermediate results in the memory pool ``memory``.
+    def capture(self, cache: Cache, site: CaptureSite) -> None:
+        """Captures the graph at ``site``.
 
         Changes what the buffers and the first slots hold: the caller loads again. A step that cannot be captured is run
         launch by launch from then on, and ``why_no_graph`` says so.
         """
         try:
-            self.graph = self._record(cache, memory)
+            self.graph = self._record(cache, site)
         except RuntimeError as error:
             self.why_no_graph = f"the capture failed: {' '.join(str(error).split())}"
             name = type(self.model).__name__
             logger.warning("fmd_ext: decode steps of %s run without a CUDA graph: %s", name, self.why_no_graph)
 
-    def _record(self, cache: Cache, memory: Any) -> torch.cuda.CUDAGraph:
-        with torch.cuda.device(self.device):
-            current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+    def _record(self, cache: Cache, site: CaptureSite) -> torch.cuda.CUDAGraph:
+        current = torch.cuda.current_stream(self.device)
+        site.stream.wait_stream(current)
+        try:
+            # Entered here too: after a capture that fails, torch.cuda.graph leaves its stream the current one.
+            with torch.cuda.stream(site.stream):
                 self._launch(cache)  # what libraries do in their first call must not be captured
-            current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
-                self._launch(cache)
+                self._advance(-1)  # there need not be room for two
+                self._refuse_waits(cache)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may do what they like meanwhile: decode a clip into pinned memory, say.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, pool=site.memory, stream=site.stream, capture_error_mode=mode):
+                    self._launch(cache)
+        finally:
+            current.wait_stream(site.stream)
         return graph
+
+    def _refuse_waits(self, cache: Cache) -> None:
+        """Raises RuntimeError where the step makes the host wait for the device, which no graph can capture.
+
+        To be known beforehand: a capture that fails leaves torch's allocator and random generator in disorder.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._launch(cache)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            if "called a synchronizing CUDA operation" in str(warning.message):
+                raise RuntimeError(f"{warning.filename}, line {warning.lineno}, makes the host wait for the device")
 
     def _launch(self, cache: Cache) -> None:
         self.session.fixed_plan = self.plan
@@ -148,8 +190,11 @@ class StaticStep:
             with torch.inference_mode(False):
                 self.logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         self.logits.copy_(logits)
-        self._numbers.add_(self._growth)
-        self.positions.add_(1)
+        self._advance(1)
+
+    def _advance(self, steps: int) -> None:
+        self._numbers.add_(self._growth, alpha=steps)
+        self.positions.add_(steps)
 
 
 def _pools_like(layer: Any, tables: tuple) -> Pools:
