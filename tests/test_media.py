@@ -186,6 +186,18 @@ def test_a_missing_stream_is_none(tmp_path, picture, sound, missing):
     assert clip.duration_s == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_fixed_number_of_frames_is_kept_where_the_end_is_damaged(tmp_path, caplog):
+    """Packets that give no frame are counted beforehand: the last picture stands for theirs."""
+    path = write_clip(tmp_path / "damaged.mp4", seconds=2.0, sound=False)
+    data = bytearray(path.read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    data[(start + end) // 2 : end] = b"\xff" * (end - (start + end) // 2)
+    path.write_bytes(data)
+    frames = load_clip(path, num_frames=16).frames
+    assert len(frames) == 16 and (frames[-1] == frames[-2]).all()
+    assert "damaged.mp4 is damaged" in caplog.text
+
+
 def test_a_cover_picture_is_no_video(tmp_path, drawn):
     path = write(tmp_path / "song.m4a", drawn[0][:1], drawn[1], codec="png", cover=True)
     assert load_clip(path).missing == "video"

@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+MOST_ALIKE = 3  # notes from one place in the code
+
 
 class UserError(Exception):
     """Wrong input. The message is one line: what was given, and what is accepted."""
@@ -39,10 +41,22 @@ def notes_from_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def notes_from_warnings() -> Iterator[None]:
-    """Within this context a warning is one line on stderr, without the place in our code that it comes from."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        warnings.simplefilter("ignore", DeprecationWarning)  # for those who write libraries, not for those who use them
-        yield
-    for warning in caught:
-        print(f"note: {warning.message}", file=sys.stderr)
+    """A warning within this context is one line on stderr at its end, without the place in our code that it comes from.
+
+    Of those that come from one place, such as one for each clip of a benchmark, the first few are told, and how many
+    more there were.
+    """
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)  # for those who write libraries, not their users
+            yield
+    finally:
+        places: dict[tuple[str, int], list[str]] = {}
+        for warning in caught:
+            places.setdefault((warning.filename, warning.lineno), []).append(str(warning.message))
+        for messages in places.values():
+            more = [f"{len(messages) - MOST_ALIKE} more like this"] * (len(messages) > MOST_ALIKE)
+            for message in [*messages[:MOST_ALIKE], *more]:
+                print(f"note: {message}", file=sys.stderr)
