@@ -117,6 +117,17 @@ def test_the_model_answers_as_its_method_does(package, folder, docs):
             assert result.token_counts.input_tokens == inputs["input_ids"].shape[1]
 
 
+def test_an_answer_ends_where_the_task_says(package, folder, docs):
+    model_class, instance = package
+    model = model_class(str(folder / "model"), method="vanilla", max_frames=4)
+    model.task_dict = {"task": {"test": docs}}
+    (whole,) = model.generate_until(requests_for(instance, docs[:1], num_beams=None))
+    end = whole.text[1:3]
+    (cut,) = model.generate_until(requests_for(instance, docs[:1], until=["", "no such thing", end]))
+    assert len(end) == 2 and cut.text == whole.text.split(end)[0]
+    assert model.generate_until(requests_for(instance, docs[:1], until=end))[0].text == cut.text
+
+
 def test_what_the_model_cannot_do_is_an_error(package, folder, docs):
     model_class, instance = package
     with pytest.raises(TypeError, match="unknown model_args: frames"):

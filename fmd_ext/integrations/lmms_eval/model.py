@@ -104,7 +104,7 @@ class FMDModel(lmms):
         arguments = requests[0].args[1]
         if unknown := set(arguments) - KNOWN:
             raise ValueError(f"generation arguments that fmd_ext does not know: {', '.join(sorted(unknown))}")
-        if arguments.get("num_beams", 1) != 1:
+        if (arguments.get("num_beams") or 1) != 1:
             raise ValueError(f"fmd_ext answers without beams here, got num_beams={arguments['num_beams']}")
         decoding = Decoding(
             temperature=float(arguments.get("temperature") or 0.0) if arguments.get("do_sample", True) else 0.0,
