@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import types
 from typing import Any
 
@@ -20,6 +21,8 @@ from .plan import StepPlan
 from .rotary import FusedRotation, why_not_fused
 from .runner import DecodeRunner
 from .session import Session
+
+logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_fmd_handle"
 _OVERRIDES = "_fmd_overrides"
@@ -44,7 +47,7 @@ class Handle:
         self.session = Session(config)
         self.runner = DecodeRunner(self.session, self.decoder, runner)
         self.why_not_fused = "the decoder runs as it is"
-        self._restore: list[tuple[nn.Module, str, Any]] = []
+        self._restore: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, what was there, what is
         self._hooks: list[Any] = []
         self._claims = 0  # calls of `patch` that have returned this handle, less the blocks that have ended
 
@@ -129,7 +132,15 @@ class Handle:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, name, value in reversed(self._restore):
+        lost = [f"{name} of {type(m).__name__}" for m, name, _, ours in self._restore if _is_replaced(m, name, ours)]
+        if lost:
+            logger.warning(
+                "fmd_ext: unpatching also drops what has replaced our methods since the patch, such as a hook or a "
+                "compiled function: %s%s; set it up again",
+                ", ".join(lost[:3]),
+                f" and {len(lost) - 3} more" if len(lost) > 3 else "",
+            )
+        for module, name, value, _ in reversed(self._restore):
             if value is _Absent:
                 module.__dict__.pop(name, None)
             else:
@@ -138,7 +149,7 @@ class Handle:
         self.runner.forget()
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._restore.append((module, name, module.__dict__.get(name, _Absent)))
+        self._restore.append((module, name, module.__dict__.get(name, _Absent), value))
         # Past nn.Module.__setattr__, which would take a handle's modules for children.
         module.__dict__[name] = value
 
@@ -161,6 +172,10 @@ class Handle:
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
         self._set(module, name, types.MethodType(method, module))
+
+
+def _is_replaced(module: nn.Module, name: str, ours: Any) -> bool:
+    return isinstance(ours, types.MethodType) and module.__dict__.get(name) is not ours
 
 
 class _Absent:

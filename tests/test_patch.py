@@ -220,6 +220,25 @@ def test_unpatch_leaves_no_trace(thinker, fork_layers):
     assert torch.equal(thinker(**inputs).logits, vanilla)
 
 
+def test_what_has_replaced_a_patched_method_is_dropped_and_told(thinker, caplog):
+    """As accelerate's hooks, or a compiled forward, that came after the patch."""
+    vanilla = thinker(**build_inputs([VIDEO_AUDIO])).logits
+    for copied in (False, True):
+        model = copy.deepcopy(thinker) if copied else thinker
+        fmd_ext.patch(model, fork_layers=2)
+        model = copy.deepcopy(model) if copied else model
+        own = model.forward
+        model.forward = lambda own=own, **kwargs: own(**kwargs)
+        caplog.clear()
+        fmd_ext.unpatch(model)
+        assert "drops what has replaced our methods since the patch" in caplog.text
+        assert "forward of Qwen2_5OmniThinkerForConditionalGeneration; set it up again" in caplog.text
+        assert torch.equal(model(**build_inputs([VIDEO_AUDIO])).logits, vanilla)
+        caplog.clear()
+        fmd_ext.patch(model).unpatch()
+        assert caplog.text == ""
+
+
 def test_two_models_do_not_disturb_each_other(thinker):
     other = tiny_thinker(seed=1)
     shared = tiny_thinker(seed=2)
