@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import fmd_ext
-from fmd_ext.bench import machine, report
+from fmd_ext.bench import machine, report, timing
 from fmd_ext.bench.__main__ import OPS, build_cases, main
 from fmd_ext.bench.cases import Candidate, Case, run_case
 from fmd_ext.bench.checking import Reference, WrongOutput, row_error
@@ -188,6 +189,35 @@ def test_preparation_takes_no_time():
     slow = Step(lambda: None, prepare=lambda: torch.randn(1 << 20))
     seconds, _ = interleave({"slow": slow}, 5, CPU)
     assert min(seconds["slow"]) < 1e-4
+
+
+def test_on_cuda_an_op_begins_behind_other_work_and_a_model_on_an_idle_device(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Other:
+        def zero_(self):
+            order.append("cold")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("busy"), raising=False)
+    monkeypatch.setattr(timing, "_other_memory", lambda device: Other())
+    for from_idle, before in ((False, ["cold", "busy"]), (True, [])):
+        order.clear()
+        step = Step(lambda: order.append("run"), from_idle=from_idle)
+        seconds, _ = interleave({"step": step}, 1, torch.device("cuda"))
+        assert order == ["wait", *before, "event", "run", "event", "wait"] and seconds["step"] == [2e-3]
 
 
 def test_statistics():

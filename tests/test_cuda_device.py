@@ -162,6 +162,7 @@ def test_graph_of_a_decode_step():
     static = copies()
     segments, static_slots = case.segments.clone(), slots.clone()
     warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
         step(*copies(), segments, static_slots)
     warm.synchronize()

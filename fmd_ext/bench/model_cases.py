@@ -154,7 +154,7 @@ def _prefill(way: Way, embeds: Tensor, labels: Tensor, logits: Logits) -> Candid
         return way.call(prompt, prompt_labels, _empty_caches(way))
 
     reference = _reference(*(None if own is None else own[:, :-1] for own in logits))
-    return Candidate(way.name, Step(run), lambda out: [out], reference)
+    return Candidate(way.name, Step(run, from_idle=True), lambda out: [out], reference)
 
 
 def _decode(way: Way, embeds: Tensor, labels: Tensor, logits: Logits) -> Candidate:
@@ -171,7 +171,7 @@ def _decode(way: Way, embeds: Tensor, labels: Tensor, logits: Logits) -> Candida
         return way.call(embeds[:, -1:], labels[:, -1:], caches)
 
     reference = _reference(*(None if own is None else own[:, -1:] for own in logits))
-    return Candidate(way.name, Step(run, take_back), lambda out: [out], reference)
+    return Candidate(way.name, Step(run, take_back, from_idle=True), lambda out: [out], reference)
 
 
 def _static_decode(model: nn.Module, way: Way, embeds: Tensor, labels: Tensor, logits: Logits) -> Candidate:
@@ -189,7 +189,7 @@ def _static_decode(model: nn.Module, way: Way, embeds: Tensor, labels: Tensor, l
             decoding.room, decoding.fed = decoding.room + decoding.fed, 0
 
     reference = _reference(*(None if own is None else own[:, -1:] for own in logits))
-    step = Step(lambda: decoding.feed(token[0]), take_back)
+    step = Step(lambda: decoding.feed(token[0]), take_back, from_idle=True)
     return Candidate(f"{way.name}, runner", step, lambda out: [out[:, None]], reference)
 
 
@@ -245,7 +245,8 @@ def _generate(way: Way, model: nn.Module, call: dict[str, Any], reference: Refer
         return [out.sequences, torch.stack(out.logits, dim=1)]
 
     runs_static = handle is not None and handle.runner.wanted
-    return Candidate(f"{way.name}, runner" if runs_static else way.name, Step(run, prefill), output, reference)
+    name = f"{way.name}, runner" if runs_static else way.name
+    return Candidate(name, Step(run, prefill, from_idle=True), output, reference)
 
 
 def _least_work(model: nn.Module, length: int) -> dict[str, Work]:

@@ -16,11 +16,11 @@ NOTE = "<!-- Written by scripts/benchmarks from docs/data/*.json: change those, 
 INTRODUCTION = """
 `scripts/benchmarks` measures again and rewrites this page. Every output was compared with plain PyTorch (float64 for
 ops, float32 for models) in the run that timed it, before the first and after the last timed round; `error` is the
-largest difference of a row relative to its largest value. All candidates run once per round, each
-round in another order. `ratio` is a candidate's time over that of the first of its case in the same round: median and
-quartiles over rounds. `of peak` is the time that the least possible work takes (every byte once, only visible pairs;
-for models that of the unpatched one) at the copy bandwidth and matrix rate measured in the same run, over the
-candidate's.
+largest difference of a row relative to its largest value. All candidates run once per round, each round in another
+order; on a GPU an op behind other work, so that launches are not waited for and caches are cold, and a model from an
+idle device. `ratio` is a candidate's time over that of the first of its case in the same round: median and quartiles
+over rounds. `of peak` is the time that the least possible work takes (every byte once, only visible pairs; for models
+that of the unpatched one) at the copy bandwidth and matrix rate measured in the same run, over the candidate's.
 
 * `fmd_ext` works on packed rows and slot pools; `merged` is attention after the merge, where there is one branch.
 * `eager PyTorch` is index arithmetic, masked softmax and concatenation on the same packed rows.
