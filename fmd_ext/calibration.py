@@ -74,7 +74,7 @@ class AlphaEstimate:
     Attributes:
         fork_layers: the depth.
         alpha: by modality, rounded to three digits.
-        low, high: bounds of the intervals by modality.
+        low, high: bounds of the intervals by modality, within 0.5 and 1, between which alpha always is.
         num_prompts, num_clusters: what it rests on.
     """
 
@@ -100,8 +100,8 @@ def estimate_alpha(readings: Sequence[PromptReading], fork_layers: int) -> Alpha
     return AlphaEstimate(
         fork_layers,
         {modality: round(estimate.value, 3) for modality, estimate in found.items()},
-        {modality: estimate.low for modality, estimate in found.items()},
-        {modality: estimate.high for modality, estimate in found.items()},
+        {modality: max(0.5, estimate.low) for modality, estimate in found.items()},
+        {modality: min(1.0, estimate.high) for modality, estimate in found.items()},
         len(readings),
         len(set(clusters)),
     )

@@ -64,6 +64,8 @@ def test_the_estimate_is_the_mean_with_a_clustered_interval():
     assert estimate.low["visual"] < 0.8 < estimate.high["visual"]
     # Summed over both layers the second pulls towards three quarters.
     assert estimate_alpha(readings, 2).alpha["audio"] == pytest.approx((0.8 + 0.75) / 2, abs=1e-3)
+    few = estimate_alpha(readings[1:3], 1)
+    assert (few.low["visual"], few.high["visual"]) == (0.5, 1.0)  # two videos tell nothing: not -1.2 to 2.7
     with pytest.raises(ValueError, match="no prompt has both"):
         estimate_alpha([], 1)
     with pytest.raises(ValueError, match="must be 1 to 2, which were read; got 3"):
