@@ -17,6 +17,8 @@ _ANNOUNCED = re.compile(
     r"\b(?:answer|option|choice)(?: here| to (?:the|this) question)?(?: is| would be|:)+:?\s*(.*)", re.S
 )
 
+_DENIAL = re.compile(r"\b(?:not|neither|nor|never|without)\b|n['’]t\b")
+
 # Behind a letter: "or C", ", C", "/C"; not ", A dog barks".
 _ANOTHER = re.compile(r"[\s.):\]]*(?:,|/|&|or\b|and\b)\s*(?:or\s|and\s)?[(\[]?([A-Z])(?![A-Za-z'’]|(?<=[AI])\s+[a-z])")
 
@@ -80,7 +82,8 @@ def parse_choice(text: str, options: tuple[str, ...]) -> str | None:
 def parse_word(text: str, options: tuple[str, ...]) -> str | None:
     """One of ``options`` or None. Digits and number words are the same, and so are spaces and underscores.
 
-    Accepted: text that is an option; a leading yes or no; otherwise the only option that occurs as whole words.
+    Accepted: text that is an option; a leading yes or no; otherwise the only option that occurs as whole words, unless
+    something is denied: "not the drum" names what is wrong.
     """
     known = {_phrase(option): option for option in options}
     said = _phrase(text)
@@ -88,6 +91,8 @@ def parse_word(text: str, options: tuple[str, ...]) -> str | None:
         return known[said]
     if {"yes", "no"} <= known.keys() and (verdict := parse_yes_no(text)):
         return known[verdict]
+    if _DENIAL.search(text.lower()):
+        return None
     # A longer option hides the shorter ones within it: "more than ten" is not "ten".
     found, rest = [], f" {said} "
     for phrase in sorted(known.keys() - {"yes", "no"}, key=len, reverse=True):
