@@ -7,6 +7,8 @@ depend on data, new tensors from Python data.
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,5 +77,5 @@ def record_steps(monkeypatch):
 
     monkeypatch.setattr(StaticStep, "has_graphs", staticmethod(lambda device: True))
     monkeypatch.setattr(StaticStep, "_record", record)
-    monkeypatch.setattr(CaptureSite, "on", lambda device: None)
+    monkeypatch.setattr(CaptureSite, "on", lambda device: Mock())
     return recordings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import fmd_ext
 from fmd_ext.runner import runner as runner_module
-from fmd_ext.runner.step import StaticStep
+from fmd_ext.runner.step import CaptureSite, StaticStep
 from fmd_ext.tiny import TOKEN_IDS, tiny_processor, tiny_thinker
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
 from recorded import record_steps
@@ -178,6 +179,21 @@ def test_steps_of_samples_that_fork_and_that_do_not_are_apart(thinker, steps):
         thinker, lambda: [thinker.generate(**b, **GREEDY).tolist() for b in batches], fork_layers=2
     )
     assert ours == theirs and len(handle.runner._steps) == 2
+
+
+def test_a_kept_step_is_taken_up_behind_its_last_replay(thinker, monkeypatch):
+    """The last replay of a call may still run, and the next call may be made on another stream."""
+    record_steps(monkeypatch)
+    site, order = Mock(), []
+    site.leave.side_effect = lambda: order.append("leave")
+    site.enter.side_effect = lambda: order.append("enter")
+    monkeypatch.setattr(CaptureSite, "on", lambda device: site)
+    load = StaticStep.load
+    monkeypatch.setattr(StaticStep, "load", lambda self, *args: order.append("load") or load(self, *args))
+    with fmd_ext.patch(thinker, fork_layers=2, runner=True):
+        for _ in range(2):
+            thinker.generate(**build_inputs([VIDEO_AUDIO]), **GREEDY)
+    assert order == ["load", "load", "leave", "enter", "load", "leave"]  # loaded again after the capture
 
 
 def test_a_step_that_cannot_be_captured_is_launched(thinker, monkeypatch, caplog):

@@ -143,6 +143,8 @@ class DecodeRunner:
             fingerprint(self.decoder, model.get_output_embeddings()),
         )
         step = self._steps.pop(key, None) or StaticStep(model, self.session, state, tables)
+        if step.graph is not None:
+            self._site_on(step.device).enter()
         state.move(*tables, step.pools)
         plan = state.make_plan(np.zeros((state.batch, 1), np.int8))
         step.load(plan, inputs)
@@ -154,6 +156,8 @@ class DecodeRunner:
 
     def keep(self, step: StaticStep) -> None:
         """Takes a step back, for the next call of its shape."""
+        if step.graph is not None:
+            self._site_on(step.device).leave()
         self._steps[step.key] = step
         while len(self._steps) > KEPT_STEPS:
             self._steps.popitem(last=False)

@@ -62,14 +62,23 @@ class CaptureSite:
         memory: the pool of their intermediate results: one for all, since they never run at the same time.
         stream: one for all, since libraries keep a workspace for every stream that they have seen. Its first launches
             are not captured, so that these workspaces do not lie in ``memory``.
+        left: the last replay of the last call, which no one may have waited for.
     """
 
     memory: Any
     stream: torch.cuda.Stream
+    left: torch.cuda.Event
 
     @classmethod
     def on(cls, device: torch.device) -> CaptureSite:
-        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Event())
+
+    def enter(self) -> None:
+        """Before a call's steps: replays of the one before come first, if that one ran on another stream."""
+        torch.cuda.current_stream(self.stream.device).wait_event(self.left)
+
+    def leave(self) -> None:
+        self.left.record(torch.cuda.current_stream(self.stream.device))
 
 
 class StaticStep:
