@@ -118,6 +118,11 @@ class TestAttention:
         case, want, plain = shared_case(SAMPLES, (7, 1), 64, torch.bfloat16)
         assert_attention(attend(case, True, multiprocessors=multiprocessors), want, plain)
 
+    def test_more_parts_than_lanes(self):
+        """70 parts, some of which no row of the second branch sees."""
+        case = make_case([Group(1, 1500, 700), Group(1, 90, 700)], (7, 1), 128, torch.bfloat16)
+        assert_attention(attend(case, True, multiprocessors=132), expected(case), expected(case, torch.bfloat16))
+
     @pytest.mark.parametrize("heads", [(28, 1), (64, 1), (20, 10)])
     def test_branches_and_heads_beyond_a_tile(self, heads):
         """Up to 64 heads per key head, and seven branches of one prefix: more than the 16 rows of a tile."""

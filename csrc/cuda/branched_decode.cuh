@@ -130,6 +130,32 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
   };
   const auto is_row = [&](int row) { return group_of(row) < unit.num_groups && head_of(row) < group_size; };
 
+  // This warp's tiles: tile_begin + warp, and every fourth after it. K, then V, of a stage.
+  const auto stage = [&](int i) { return ring + i % Shape::kStages * (2 * Shape::kTileElements); };
+  const auto copy_tile = [&](int i) {
+    const int tile = tile_begin + warp + i * Shape::kWarps;
+    if (tile < tile_end) {
+      const int vec = lane % kRowVecs;
+      const T* k = static_cast<const T*>(params.k) + kv_head * params.k_stride_head + vec * kVecElements;
+      const T* v = static_cast<const T*>(params.v) + kv_head * params.v_stride_head + vec * kVecElements;
+      T* to = stage(i);
+#pragma unroll
+      for (int pass = 0; pass < Shape::kKeys / kPassRows; ++pass) {
+        const int row = pass * kPassRows + lane / kRowVecs;
+        const int key = tile * Shape::kKeys + row;
+        const bool valid = key < num_keys;
+        int run = 0;
+        while (run + 1 < num_runs && key >= unit.begin[run + 1]) ++run;
+        const int64_t slot = valid ? unit.first_slot[run] + key : 0;
+        const int place = swizzled<kDim>(row, vec);
+        copy_async_16(to + place, k + slot * params.k_stride_slot, valid);
+        copy_async_16(to + Shape::kTileElements + place, v + slot * params.v_stride_slot, valid);
+      }
+    }
+    copy_async_commit();
+  };
+  for (int i = 0; i < Shape::kStages - 1; ++i) copy_tile(i);  // under way while q is read
+
   // q as A fragments, and the keys that this lane's two rows see besides the prefix.
   const Scale scale = score_scale(params.softmax_scale);
   uint32_t q[kDim / 16][4];
@@ -166,34 +192,8 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
     for (int i = 0; i < 4; ++i) fragment[i] = q[step][i];
   };
 
-  // This warp's tiles: tile_begin + warp, and every fourth after it. K, then V, of a stage.
-  const auto stage = [&](int i) { return ring + i % Shape::kStages * (2 * Shape::kTileElements); };
-  const auto copy_tile = [&](int i) {
-    const int tile = tile_begin + warp + i * Shape::kWarps;
-    if (tile < tile_end) {
-      const int vec = lane % kRowVecs;
-      const T* k = static_cast<const T*>(params.k) + kv_head * params.k_stride_head + vec * kVecElements;
-      const T* v = static_cast<const T*>(params.v) + kv_head * params.v_stride_head + vec * kVecElements;
-      T* to = stage(i);
-#pragma unroll
-      for (int pass = 0; pass < Shape::kKeys / kPassRows; ++pass) {
-        const int row = pass * kPassRows + lane / kRowVecs;
-        const int key = tile * Shape::kKeys + row;
-        const bool valid = key < num_keys;
-        int run = 0;
-        while (run + 1 < num_runs && key >= unit.begin[run + 1]) ++run;
-        const int64_t slot = valid ? unit.first_slot[run] + key : 0;
-        const int place = swizzled<kDim>(row, vec);
-        copy_async_16(to + place, k + slot * params.k_stride_slot, valid);
-        copy_async_16(to + Shape::kTileElements + place, v + slot * params.v_stride_slot, valid);
-      }
-    }
-    copy_async_commit();
-  };
-
   State state;
   state.start();
-  for (int i = 0; i < Shape::kStages - 1; ++i) copy_tile(i);
   for (int i = 0; tile_begin + warp + i * Shape::kWarps < tile_end; ++i) {
     copy_async_wait<Shape::kStages - 2>();
     warp_barrier();

@@ -30,8 +30,11 @@ struct Sm90PrefillShape {
   static constexpr int kGroupElements = kGroupRows * kDim;  // of q
   static constexpr int kSlotElements = kKeys * kDim;
   static constexpr int kTileBytes = (kConsumers * kGroupElements + kSlots * kSlotElements) * 2;
-  // Registers per thread: what the consumers need, out of the 168 that every thread begins with.
+  // Registers per thread: what the consumers need, out of those that every thread begins with. More in all, and the
+  // consumers would wait for them for ever.
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kStartRegisters);
 
   struct Control {
     PrefillBlock block;
