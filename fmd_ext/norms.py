@@ -21,10 +21,11 @@ class FusedNorm:
     def __init__(self, session: Session, original: Any) -> None:
         self.original = original
 
-    def __call__(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Norm of ``hidden`` [..., size] over its last dimension."""
-        if hidden.dtype != module.weight.dtype:
-            return self.original(hidden)
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Norm of the one argument [..., size] over its last dimension."""
+        hidden, *more = (*args, *kwargs.values())
+        if more or hidden.dtype != module.weight.dtype:
+            return self.original(*args, **kwargs)
         return F.rms_norm(hidden, module.weight.shape, module.weight, _eps(module))
 
 

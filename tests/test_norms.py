@@ -63,6 +63,13 @@ def test_patched_norms_give_the_same_bits_and_go_again(thinker, monkeypatch):
     assert len(seen) == 9
 
 
+def test_the_argument_may_have_a_name(thinker):
+    norm = fmd_ext.adapters.find_adapter(thinker).find_decoder(thinker).norm
+    hidden = torch.randn(1, 3, norm.weight.shape[0])
+    with fmd_ext.patch(thinker, fork_layers=2):
+        assert torch.equal(norm(hidden_states=hidden), norm(hidden))
+
+
 def test_a_weight_of_another_dtype_is_left_to_the_model(thinker):
     """As where norms are kept in float32: the model's own code decides on the dtype that comes out."""
     norm = fmd_ext.adapters.find_adapter(thinker).find_decoder(thinker).norm
