@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import fmd_ext
 from fmd_ext.adapters import AUDIO, TEXT, VISUAL, find_adapter
@@ -305,6 +306,8 @@ def test_what_is_refused(thinker):
         pass
     with vcd(thinker), pytest.raises(ValueError, match="leave num_beams unset"):
         thinker.generate(**inputs, num_beams=2, max_new_tokens=2)
+    with vcd(thinker), pytest.raises(ValueError, match="leave num_beams unset"):
+        thinker.generate(inputs["input_ids"], GenerationConfig(num_beams=2, max_new_tokens=2))
     with vcd(thinker), pytest.raises(ValueError, match="give pixel values, not mm_encoder_outputs"):
         thinker(**inputs, mm_encoder_outputs={"video": torch.zeros(1)})
     with vcd(thinker), pytest.raises(ValueError, match="leave prompt_lookup_num_tokens unset"):

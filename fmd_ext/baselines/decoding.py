@@ -208,7 +208,8 @@ def _method_like(module: nn.Module, original: Any, function: Callable[..., Any])
 
 
 def _generate(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    config = kwargs.get("generation_config") or module.generation_config
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    config = given or module.generation_config
     refused = [name for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
                if kwargs.get(name, getattr(config, name, None))]  # fmt: skip
     refused += [name for name in ("num_beams", "num_return_sequences")
