@@ -22,9 +22,9 @@ from fmd_ext.media import check_clip
 from fmd_ext.reference import reference_generate, reference_logits
 from fmd_ext.tiny import write_clip
 
-# Root mean square of the difference from two plain passes, over that of the logits: what rounding may make of it. Mixtures
-# of experts need the most, since rounding moves a token to another expert: plain PyTorch in bfloat16 takes a small random
-# Qwen3-Omni 0.05 away from itself in float32.
+# Root mean square of the difference from two plain passes, over that of the logits: what rounding may make of it.
+# Mixtures of experts need the most, since rounding moves a token to another expert: plain PyTorch in bfloat16 takes a
+# small random Qwen3-Omni 0.05 away from itself in float32.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 EQUAL = "equal"
 
