@@ -58,10 +58,17 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
 HEADLINES = {
     "prefill, attention masking": ("model_prefill", "attention masking", "the unpatched model"),
     "prefill, zero masking": ("model_prefill", "zero masking", "the unpatched model"),
+    "prefill, zero masking, alpha chosen by the prompt": (
+        "model_prefill",
+        "zero masking, alpha auto",
+        "the unpatched model",
+    ),
     "prefill, two passes as in the paper": ("model_prefill", "two passes", "the unpatched model"),
     "decode step, attention masking": ("model_decode", "attention masking", "the unpatched model"),
     "decode step, zero masking": ("model_decode", "zero masking", "the unpatched model"),
     "decode step, two passes": ("model_decode", "two passes", "the unpatched model"),
+    "decode step, zero masking, decode runner": ("model_decode", "zero masking, runner", "the unpatched model"),
+    "decode step, no forking, decode runner": ("model_decode", "vanilla, runner", "the unpatched model"),
 }
 BEGIN, END = "<!-- figures: written by scripts/benchmarks -->", "<!-- end of figures -->"
 
