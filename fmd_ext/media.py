@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -373,9 +373,7 @@ def _is_cover_picture(stream: av.VideoStream) -> bool:
 
 def _count_packets(container: av.container.InputContainer, video: av.VideoStream) -> int:
     """Frames of the stream, for each packet holds one. Reads the file without decoding it."""
-    total = sum(1 for packet in container.demux(video) if packet.size)
-    container.seek(0)
-    return max(total, 1)
+    return max(sum(1 for packet in _packets(container, [video]) if packet.size), 1)
 
 
 def _duration(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float:
@@ -386,11 +384,17 @@ def _duration(container: av.container.InputContainer, streams: list[av.stream.St
     if known:
         return max(known)
     end = 0.0
-    for packet in container.demux(streams):
+    for packet in _packets(container, streams):
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    container.seek(0)
     return end
+
+
+def _packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> Iterator[av.Packet]:
+    """All packets of these streams. From the file opened once more: after a seek back to the start FFmpeg 9 leaves out
+    the first samples of a sound."""
+    with av.open(container.name, **_ANY_METADATA) as again:
+        yield from again.demux([again.streams[stream.index] for stream in streams])
 
 
 def _check_above_zero(**arguments: float) -> None:

@@ -67,8 +67,8 @@ def test_the_windows_heard_are_the_official_ones():
 def test_the_clip_is_read_as_the_official_code_reads_it(clip):
     """decord and ffmpeg there, PyAV here: the same frames, the same samples up to rounding.
 
-    The first 20 ms of an AAC sound depend on what a decoder makes of the silence before it; at its end PyAV gives what
-    fills up the last block, which ffmpeg cuts off.
+    The first 20 ms of an AAC sound depend on what a decoder makes of the silence before it; at its end PyAV before 19
+    gives what fills up the last block, which ffmpeg cuts off.
     """
     official = RECORDED["wave16"]
     assert clip.frames.shape[0] == 4 and 0 <= len(clip.audio) - len(official) < 1024
@@ -120,7 +120,7 @@ def test_sound_alone_is_heard_from_its_start(processor, clip):
     inputs = prepare_inputs(processor, part(clip, frames=None), QUESTION)
     assert "pixel_values_videos" not in inputs and (inputs["input_ids"] == AUDIO).sum() == SOUND_TOKENS
     long = part(clip, frames=None, audio=np.tile(clip.audio, 12), duration_s=40.0)
-    with pytest.warns(UserWarning, match="hears only the first 30 s of 41"):
+    with pytest.warns(UserWarning, match="hears only the first 30 s of 4[01]"):
         longer = prepare_inputs(processor, long, QUESTION)
     heard = inputs["input_features"][0, 0, :300]
     torch.testing.assert_close(longer["input_features"][0, 0, :300], heard)
