@@ -149,7 +149,7 @@ def test_two_processes_do_what_one_does(model, loaded, tmp_path, unbroken):
     results = Results(tmp_path / "results")
     processes = [start(model, loaded, results, rank, 2) for rank in range(2)]
     for process in processes:
-        process.join(300)
+        process.join(60)
         assert process.exitcode == 0
         assert lines(results) == len(unbroken)  # whichever returns, all is answered: it may be scored
     assert said(results) == unbroken

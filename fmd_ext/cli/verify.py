@@ -23,9 +23,10 @@ from fmd_ext.reference import reference_generate, reference_logits
 from fmd_ext.tiny import write_clip
 
 # Root mean square of the difference from two plain passes, over that of the logits: what rounding may make of it.
-# Mixtures of experts need the most, since rounding moves a token to another expert: plain PyTorch in bfloat16 takes a
-# small random Qwen3-Omni 0.05 away from itself in float32.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Mixtures of experts need more in low precision, since rounding moves a token to another expert: plain PyTorch in
+# bfloat16 takes a small random Qwen3-Omni 0.05 away from itself in float32.
+EXPERTS_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 EQUAL = "equal"
 
 
@@ -43,8 +44,8 @@ class Comparison:
     effect: float
     same_tokens: int
 
-    def verdict(self, dtype: torch.dtype, num_tokens: int) -> str:
-        close = self.error <= min(TOLERANCE[dtype], self.effect / 2)
+    def verdict(self, dtype: torch.dtype, tolerance: float, num_tokens: int) -> str:
+        close = self.error <= min(tolerance, self.effect / 2)
         # In low precision rounding decides between nearly equal words.
         return EQUAL if close and (dtype != torch.float32 or self.same_tokens == num_tokens) else "DIFFERENT"
 
@@ -65,20 +66,23 @@ def run(args: argparse.Namespace) -> int:
     check_context(loaded, inputs, args.max_new_tokens)
 
     model, dtype = loaded.model, loaded.model.dtype
-    num_layers = model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    num_layers = text.num_hidden_layers
+    has_experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
+    tolerance = (EXPERTS_TOLERANCE if has_experts else TOLERANCE)[dtype]
     # Channel-wise fusion has no second way of masking.
     maskings = MASKINGS[:1] if find_adapter(model).branch_inputs else MASKINGS
     table = Table("masking", "error", "effect of forking", f"same of {args.max_new_tokens} tokens", "verdict")
     verdicts = []
     for masking in maskings:
         settings, found = compare(loaded, inputs, FMDConfig(args.fork_layers, masking), args.max_new_tokens)
-        verdicts.append(found.verdict(dtype, args.max_new_tokens))
+        verdicts.append(found.verdict(dtype, tolerance, args.max_new_tokens))
         numbers = (f"{found.error:.1e}", f"{found.effect:.1e}", str(found.same_tokens))
         table.add_row(masking, *numbers, verdicts[-1])
     print(f"{loaded.name}, {dtype}, {inputs['input_ids'].shape[1]} positions, {settings.fork_layers} of {num_layers}")
     print("layers forked: the patched model against two plain passes of the unpatched one")
     Console().print(table)
-    print(f"error, effect: root mean square over that of the logits. equal: error at most {TOLERANCE[dtype]:g}, and at")
+    print(f"error, effect: root mean square over that of the logits. equal: error at most {tolerance:g}, and at")
     print("most half the effect; in float32 also the same greedy tokens, from the cache and by full recompute.")
     return int(any(verdict != EQUAL for verdict in verdicts))
 
