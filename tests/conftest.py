@@ -7,7 +7,7 @@ import fmd_ext  # isort: skip
 import pytest
 import torch
 
-from fmd_ext.tiny import tiny_omni, tiny_thinker
+from fmd_ext.lab.tiny import tiny_omni, tiny_thinker
 
 # The models are tiny: threads would only wait for each other. Tests about threads set their own number.
 torch.set_num_threads(1)

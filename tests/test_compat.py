@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[1]
+from paths import ROOT
 
 # The file by its path: `import fmd_ext` would mend, and take seconds.
 LOAD_COMPAT = f"""
 import importlib.util
-spec = importlib.util.spec_from_file_location("compat", {str(SOURCES / "fmd_ext" / "compat.py")!r})
+spec = importlib.util.spec_from_file_location("compat", {str(ROOT / "fmd_ext" / "compat.py")!r})
 compat = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compat)
 """

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 import fmd_ext
-from fmd_ext.tiny import save_random_model, write_clip
+from fmd_ext.lab.tiny import save_random_model, write_clip
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
+
 CXX_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import FMDConfig
+from fmd_ext.config import FMDConfig
 
 # Labels of positions, as the planner and every `modality_labels` argument use them. A joint position mixes visual and
 # audio features in one embedding (channel-wise fusion): it is in both branches, with an embedding for each.

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from fmd_ext.chat import SMALLEST_FRAME, load_clip_for, prepare_inputs, to_device
 from fmd_ext.cli import show
 from fmd_ext.cli.answer import Answer, check_context, config_from, generate, patched
 from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
-from fmd_ext.media import Clip, MediaError, check_clip
+from fmd_ext.inputs.chat import SMALLEST_FRAME, load_clip_for, prepare_inputs, to_device
+from fmd_ext.inputs.media import Clip, MediaError, check_clip
 
 DEFAULT_RATES = {"fps": 2.0, "max_frames": 128}
 

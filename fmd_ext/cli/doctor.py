@@ -96,10 +96,10 @@ def _build(report: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
-    from fmd_ext import _library
+    from fmd_ext.ops import library
 
     try:
-        found = _library.load()
+        found = library.load()
     except (ImportError, ValueError, OSError) as error:
         report["problems"].append(_one_line(error))
         return []
@@ -113,24 +113,24 @@ def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every op on every device: the code that runs, why that one, and how far a small result is from plain PyTorch."""
-    from fmd_ext import _library
     from fmd_ext.cli import selftest
+    from fmd_ext.ops import library
 
-    isa, isas = _library.cpu_isa(), _library.cpu_isas()
+    isa, isas = library.cpu_isa(), library.cpu_isas()
     asked = os.environ.get("FMD_EXT_CPU_ISA")
     why = (
         f"FMD_EXT_CPU_ISA={asked}" if asked and asked != "auto" else f"the best of {', '.join(isas)} that this CPU runs"
     )
     devices = [("cpu", f"csrc/cpu, {isa}", why)]
     special = {("append_", "cpu"): ("csrc/cpu, plain copy", "it only moves bytes")}
-    cuda = _library.load()["cuda"]
+    cuda = library.load()["cuda"]
     if cuda.loaded and torch.cuda.is_available():
         devices.append(("cuda", "csrc/cuda", f"{cuda.path.name} is loaded"))
         asked = os.environ.get("FMD_EXT_CUDA_PREFILL") or "auto"
         why = f"FMD_EXT_CUDA_PREFILL={asked}"
         if asked == "auto":
             why += "; the kernel for compute capability 9.0, sm90, has not passed its tests on a device yet"
-        special["branched_prefill", "cuda"] = (f"csrc/cuda, {_library.cuda_prefill()}", why)
+        special["branched_prefill", "cuda"] = (f"csrc/cuda, {library.cuda_prefill()}", why)
     else:
         reason = cuda.reason or "torch sees no CUDA device"
         devices.append(("cuda", None, reason))

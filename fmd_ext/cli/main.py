@@ -13,6 +13,7 @@ from fmd_ext import __version__
 from fmd_ext.cli.errors import UserError, notes_from_log
 
 USER_ERROR, INTERRUPTED = 2, 130
+LAB_COMMANDS = ("calibrate", "curves", "demo", "diagnose", "eval")  # their code lies in fmd_ext.lab.cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     # Only now: the commands import transformers, which takes seconds that --help does not need.
-    command = importlib.import_module(f"fmd_ext.cli.{args.command}")
+    command = importlib.import_module(f"fmd_ext.{'lab.' if args.command in LAB_COMMANDS else ''}cli.{args.command}")
     try:
         with notes_from_log():
             return command.run(args)

@@ -15,11 +15,11 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from fmd_ext import trained
 from fmd_ext.adapters import find_adapter
 from fmd_ext.cli.errors import UserError, blaming_input
 from fmd_ext.config import FMDConfig
-from fmd_ext.tiny import RANDOM_MARK
+
+RANDOM_MARK = "random_weights"  # an entry of a configuration: these weights were never trained
 
 # The class that answers in text ("module:class"), by the configuration's model_type; by the architecture that it names,
 # where published configurations borrow another model's type. Of the full omni models only the thinker is loaded: the
@@ -70,10 +70,21 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
         if _is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
         return _load(source, source, dtype, target)
+    trained = lab_module("trained", "the built-in model")
     with _no_progress_bars():
         torch.set_num_threads(1)
         loaded = _load(str(trained.MODEL), "built-in model, trained on synthetic clips", dtype, target)
     return dataclasses.replace(loaded, settings=FMDConfig.from_file(trained.SETTINGS))
+
+
+def lab_module(name: str, what: str) -> Any:
+    """``fmd_ext.lab.<name>``, found by name: the library works where the lab is not installed.
+
+    Raises UserError saying that ``what`` belongs to the lab.
+    """
+    if importlib.util.find_spec("fmd_ext.lab") is None:
+        raise UserError(f"{what} belongs to fmd_ext.lab, which is not part of this installation")
+    return importlib.import_module(f"fmd_ext.lab.{name}")
 
 
 def _load(source: str, name: str, dtype: str, device: torch.device | None) -> LoadedModel:
@@ -123,9 +134,9 @@ def _device(name: str) -> torch.device | None:
             raise UserError("device 'spread' is the work of accelerate, which is not installed: pip install accelerate")
         return None
     if name == "auto":
-        from fmd_ext import _library
+        from fmd_ext.ops import library
 
-        return torch.device("cuda" if torch.cuda.is_available() and _library.load()["cuda"].loaded else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and library.load()["cuda"].loaded else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"device {name!r}: accepted are auto, cpu, cuda, cuda:N and spread")
     device = torch.device(name)

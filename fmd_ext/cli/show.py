@@ -11,7 +11,6 @@ from rich.text import Text
 
 from fmd_ext.cli.answer import Answer
 from fmd_ext.config import AUTO, FMDConfig
-from fmd_ext.diagnose import AttentionShare
 
 
 def note(text: str) -> None:
@@ -57,25 +56,6 @@ def timings(console: Console, answers: dict[str, Answer], how: str) -> None:
         rate = "-" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}"
         table.add_row(name, f"{answer.first_token_s * 1000:.0f} ms", rate, str(answer.num_tokens))
     console.print(table)
-
-
-def attention(console: Console, shares: dict[str, AttentionShare]) -> None:
-    """Where the last question token looks: the mean over all layers, and that over the layers of each branch."""
-    table = Table(title="attention of the last question token, mean over heads and layers", title_justify="left")
-    table.add_column("")
-    for name in ("layers", "video", "audio", "text"):
-        table.add_column(name, justify="right")
-    for name, share in shares.items():
-        for branch in (None, *(share.branches if share.branches != ("all",) else ())):
-            layers = sorted({layer.layer for layer in share.layers if branch in (None, layer.branch)})
-            span = f"{layers[0] + 1}" if len(layers) == 1 else f"{layers[0] + 1}-{layers[-1] + 1}"
-            mean = share.mean(branch)
-            title = name if branch is None else f"  {_BRANCH_TITLES[branch]}"
-            table.add_row(title, span, *(f"{mean[modality]:.1%}" for modality in ("visual", "audio", "text")))
-    console.print(table)
-
-
-_BRANCH_TITLES = {"visual": "visual branch", "audio": "audio branch", "all": "merged"}
 
 
 def _weights(alpha: float | str | dict[str, float]) -> str:

@@ -18,9 +18,9 @@ from fmd_ext.cli.ask import blaming_clip, inputs_for, read_clip
 from fmd_ext.cli.errors import UserError
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import MASKINGS, FMDConfig
-from fmd_ext.media import check_clip
-from fmd_ext.reference import reference_generate, reference_logits
-from fmd_ext.tiny import write_clip
+from fmd_ext.engine.reference import reference_generate, reference_logits
+from fmd_ext.inputs.media import check_clip
+from fmd_ext.inputs.sample_clip import write_clip
 
 # Root mean square of the difference from two plain passes, over that of the logits: what rounding may make of it.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

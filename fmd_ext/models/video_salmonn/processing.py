@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import ProcessorMixin
 
-from fmd_ext.chat import check_sound
-from fmd_ext.media import Clip
+from fmd_ext.inputs.chat import check_sound
+from fmd_ext.inputs.media import Clip
 from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.beats import fbank
 
@@ -23,7 +23,7 @@ COLOUR_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VideoSalmonnProcessor(ProcessorMixin):
-    """A `fmd_ext.chat.ClipProcessor`: one clip per question, two frames per second, 30 seconds of sound.
+    """A `fmd_ext.inputs.chat.ClipProcessor`: one clip per question, two frames per second, 30 seconds of sound.
 
     Args:
         feature_extractor: Whisper's.

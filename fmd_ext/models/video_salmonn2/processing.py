@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoTokenizer, ProcessorMixin, SiglipImageProcessorPil, WhisperFeatureExtractor
 
-from fmd_ext.chat import SYSTEM_PROMPT, check_sampling_rate
-from fmd_ext.media import Clip
+from fmd_ext.inputs.chat import SYSTEM_PROMPT, check_sampling_rate
+from fmd_ext.inputs.media import Clip
 from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.windowed_sound import log_mel_windows
 
@@ -22,7 +22,7 @@ LARGEST_READ = 1920 * 1080  # pixels; frames of larger pictures are scaled down 
 
 
 class VideoSalmonn2Processor(ProcessorMixin):
-    """A `fmd_ext.chat.ClipProcessor`: one clip per question, of any length, frames and sound interleaved.
+    """A `fmd_ext.inputs.chat.ClipProcessor`: one clip per question, of any length, frames and sound interleaved.
 
     ``from_pretrained`` needs the model's configuration and tokenizer only.
 

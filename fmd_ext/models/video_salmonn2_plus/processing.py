@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, ProcessorMixin, WhisperFeatureExtractor
 
-from fmd_ext.chat import SYSTEM_PROMPT, check_sampling_rate
-from fmd_ext.media import Clip
+from fmd_ext.inputs.chat import SYSTEM_PROMPT, check_sampling_rate
+from fmd_ext.inputs.media import Clip
 from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.windowed_sound import log_mel_windows
 
@@ -28,7 +28,7 @@ LARGEST_READ = 1920 * 1080  # pixels; frames of larger pictures are scaled down 
 
 
 class VideoSalmonn2PlusProcessor(ProcessorMixin):
-    """Tokenizer, video processor and log-mel windows of video-SALMONN 2+; a `fmd_ext.chat.ClipProcessor`.
+    """Tokenizer, video processor and log-mel windows of video-SALMONN 2+; a `fmd_ext.inputs.chat.ClipProcessor`.
 
     ``from_pretrained`` needs a model's configuration and tokenizer only.
 
@@ -122,7 +122,7 @@ class VideoSalmonn2PlusProcessor(ProcessorMixin):
         system_prompt: str | None = None,
         frame_pixels: tuple[int, int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """See `fmd_ext.chat.prepare_batch`. The model always interleaves picture and sound of a clip, asked or not."""
+        """See `fmd_ext.inputs.chat.prepare_batch`. Picture and sound are interleaved, asked or not."""
         clips = [list(own) for own, _ in conversations]
         texts = [self.render(own, question, system_prompt) for own, question in conversations]
         return self(texts, clips, frame_pixels)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
 
-from fmd_ext.chat import check_sampling_rate
-from fmd_ext.media import Clip, middles
+from fmd_ext.inputs.chat import check_sampling_rate
+from fmd_ext.inputs.media import Clip, middles
 from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.beats import NUM_MEL_BINS, SAMPLING_RATE, fbank
 
@@ -33,7 +33,7 @@ MISTRAL_SYSTEM_PROMPT = (
 
 
 class VideoLlama2Processor(ProcessorMixin):
-    """Tokenizer, image processor and filter bank of a VideoLLaMA2 model; a `fmd_ext.chat.ClipProcessor`.
+    """Tokenizer, image processor and filter bank of a VideoLLaMA2 model; a `fmd_ext.inputs.chat.ClipProcessor`.
 
     ``from_pretrained`` needs the model's configuration and tokenizer only: published folders hold nothing else.
 
@@ -112,7 +112,7 @@ class VideoLlama2Processor(ProcessorMixin):
         system_prompt: str | None = None,
         frame_pixels: tuple[int, int] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """See `fmd_ext.chat.prepare_batch`. VideoLLaMA2 knows neither interleaving nor frames of another size."""
+        """See `fmd_ext.inputs.chat.prepare_batch`. Neither interleaving nor frames of another size."""
         if use_audio_in_video:
             raise ValueError("VideoLLaMA2 hears a clip after it has seen it: it cannot interleave picture and sound")
         if frame_pixels is not None:

@@ -1,4 +1,0 @@
-"""Benchmarks, ``python -m fmd_ext.bench``: each op and the whole model against what one would use instead.
-
-A speed is reported only for an output that was compared with plain PyTorch in the same run.
-"""

@@ -1,0 +1,221 @@
+"""One decode step over static buffers: run again and again, on CUDA as the replay of a captured graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from fmd_ext.engine.cache import BranchedState, Pools
+from fmd_ext.engine.plan import StepPlan
+from fmd_ext.engine.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class StepInputs:
+    """What a decode step gets besides the token and the cache, as the model's own loop would pass it.
+
+    Args:
+        positions: [..., batch or 1, 1] int64, positions of the first step; every step adds one.
+        tensors: other tensors with one value per sample, the same in every step.
+        options: plain arguments (numbers, strings, None).
+    """
+
+    positions: torch.Tensor
+    tensors: dict[str, torch.Tensor]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: dict[str, Any]) -> StepInputs:
+        """Those of ``call``, a decode step's arguments by name.
+
+        Tensors that describe the prompt's clips (sizes, masks of features) are left out: new tokens are text.
+        """
+        rest = {
+            k: v for k, v in call.items() if k not in ("input_ids", "position_ids", "attention_mask", "return_dict")
+        }
+        batch = call["input_ids"].shape[0]
+        return cls(
+            call["position_ids"],
+            {k: v for k, v in rest.items() if isinstance(v, torch.Tensor) and v.shape == (batch, 1)},
+            {k: v for k, v in rest.items() if v is None or isinstance(v, (bool, int, float, str))},
+        )
+
+    @property
+    def key(self) -> tuple:
+        shapes = tuple((name, tensor.dtype) for name, tensor in sorted(self.tensors.items()))
+        return tuple(self.positions.shape), self.positions.dtype, shapes, tuple(sorted(self.options.items(), key=str))
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureSite:
+    """Where the graphs of a device are captured.
+
+    Args:
+        memory: the pool of their intermediate results: one for all, since they never run at the same time.
+        stream: one for all, since libraries keep a workspace for every stream that they have seen. Its first launches
+            are not captured, so that these workspaces do not lie in ``memory``.
+        left: the last replay of the last call, which no one may have waited for.
+    """
+
+    memory: Any
+    stream: torch.cuda.Stream
+    left: torch.cuda.Event
+
+    @classmethod
+    def on(cls, device: torch.device) -> CaptureSite:
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Event())
+
+    def enter(self) -> None:
+        """Before a call's steps: replays of the one before come first, if that one ran on another stream."""
+        torch.cuda.current_stream(self.stream.device).wait_event(self.left)
+
+    def leave(self) -> None:
+        self.left.record(torch.cuda.current_stream(self.stream.device))
+
+
+class StaticStep:
+    """The buffers of a decode step of one shape, and the graph captured over them.
+
+    Attributes:
+        pools: by layer, the K and V pools that the step reads and writes.
+        tokens: [batch, 1] int64, the tokens that the next `run` feeds.
+        logits: [batch, vocabulary], what the last `run` gave, in the model's dtype; None before the first.
+        positions: [..., batch or 1, 1] int64, those of the next step.
+        key: what the runner finds the step by.
+        graph: the captured graph, None where the step is run launch by launch.
+        why_no_graph: the reason for that.
+    """
+
+    def __init__(self, model: nn.Module, session: Session, state: BranchedState, tables: tuple) -> None:
+        self.model = model
+        self.session = session
+        first = state.layers[0].keys
+        self.device = first.device
+        with torch.inference_mode(False):  # buffers outlive the mode of the call that makes them
+            self.pools = [_pools_like(layer, tables) for layer in state.layers]
+            self.tokens = torch.zeros((state.batch, 1), dtype=torch.int64, device=self.device)
+        self.logits: torch.Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.why_no_graph = "" if self.has_graphs(self.device) else f"there are none on {self.device.type}"
+        self.plan: StepPlan | None = None
+        self.key: tuple = ()
+
+    @staticmethod
+    def has_graphs(device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def load(self, plan: StepPlan, inputs: StepInputs) -> None:
+        """Sets the buffers to a first step: ``plan`` is that of one text position for every sample."""
+        if self.plan is None:
+            self.plan = plan
+            self._numbers = plan.tensors.keep_on(self.device)
+            with torch.inference_mode(False):
+                self._growth = _growth(plan, self.device)
+                self.positions = torch.empty_like(inputs.positions, memory_format=torch.contiguous_format)
+                self._tensors = {name: torch.empty_like(tensor) for name, tensor in inputs.tensors.items()}
+        else:
+            self._numbers.copy_(plan.tensors.host)
+        self.positions.copy_(inputs.positions)
+        for name, tensor in inputs.tensors.items():
+            self._tensors[name].copy_(tensor)
+        self._options = inputs.options
+
+    def run(self, cache: Cache) -> torch.Tensor:
+        """Feeds ``tokens`` and advances the buffers by one position; returns `logits`, which the next run overwrites.
+
+        ``cache`` is the one whose keys lie in `pools`.
+        """
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._launch(cache)
+        return self.logits
+
+    def capture(self, cache: Cache, site: CaptureSite) -> None:
+        """Captures the graph at ``site``.
+
+        Changes what the buffers and the first slots hold: the caller loads again. A step that cannot be captured is run
+        launch by launch from then on, and ``why_no_graph`` says so.
+        """
+        try:
+            self.graph = self._record(cache, site)
+        except RuntimeError as error:
+            self.why_no_graph = f"the capture failed: {' '.join(str(error).split())}"
+            name = type(self.model).__name__
+            logger.warning("fmd_ext: decode steps of %s run without a CUDA graph: %s", name, self.why_no_graph)
+
+    def _record(self, cache: Cache, site: CaptureSite) -> torch.cuda.CUDAGraph:
+        current = torch.cuda.current_stream(self.device)
+        site.stream.wait_stream(current)
+        try:
+            # Entered here too: after a capture that fails, torch.cuda.graph leaves its stream the current one.
+            with torch.cuda.stream(site.stream):
+                self._launch(cache)  # what libraries do in their first call must not be captured
+                self._advance(-1)  # there need not be room for two
+                self._refuse_waits(cache)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may do what they like meanwhile: decode a clip into pinned memory, say.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, pool=site.memory, stream=site.stream, capture_error_mode=mode):
+                    self._launch(cache)
+        finally:
+            current.wait_stream(site.stream)
+        return graph
+
+    def _refuse_waits(self, cache: Cache) -> None:
+        """Raises RuntimeError where the step makes the host wait for the device, which no graph can capture.
+
+        To be known beforehand: a capture that fails leaves torch's allocator and random generator in disorder.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._launch(cache)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            if "called a synchronizing CUDA operation" in str(warning.message):
+                raise RuntimeError(f"{warning.filename}, line {warning.lineno}, makes the host wait for the device")
+
+    def _launch(self, cache: Cache) -> None:
+        self.session.fixed_plan = self.plan
+        try:
+            call = {**self._tensors, **self._options, "input_ids": self.tokens, "position_ids": self.positions}
+            out = self.model(**call, past_key_values=cache, return_dict=True)
+        finally:
+            self.session.fixed_plan = None
+        logits = out.logits[:, -1]
+        if self.logits is None:
+            with torch.inference_mode(False):
+                self.logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        self.logits.copy_(logits)
+        self._advance(1)
+
+    def _advance(self, steps: int) -> None:
+        self._numbers.add_(self._growth, alpha=steps)
+        self.positions.add_(steps)
+
+
+def _pools_like(layer: Any, tables: tuple) -> Pools:
+    num_slots = tables[layer.layer_idx >= layer.state.fork_layers].num_slots
+    shapes = ((pool.shape[0], num_slots, pool.shape[2]) for pool in (layer.keys, layer.values))
+    return tuple(torch.empty(shape, dtype=layer.dtype, device=layer.device) for shape in shapes)
+
+
+def _growth(plan: StepPlan, device: torch.device) -> torch.Tensor:
+    """What a step adds to the numbers of its plan: one key more in every segment, appended one slot further."""
+    growth = torch.zeros_like(plan.tensors.host)
+    for kind in ("fork", "trunk"):
+        plan.tensors.view(f"{kind}.slots", growth).fill_(1)
+        plan.tensors.view(f"{kind}.segments", growth)[:, 1] = 1
+    return growth.to(device)

@@ -1,7 +1,0 @@
-"""What a model does with what it sees and hears."""
-
-from __future__ import annotations
-
-from fmd_ext.diagnose.attention import AttentionShare, LayerShare, attention_share
-
-__all__ = ["AttentionShare", "LayerShare", "attention_share"]

@@ -1,0 +1,130 @@
+"""Settings that a prompt chooses for itself, from the attention of its last token in the fork: alpha="auto" and
+fork_layers="auto". docs/calibration.md defines and justifies both; they are ours, not the paper's.
+
+The last token has a row in each branch. Its attention there, summed over the keys of a modality and averaged over the
+heads, is the share S[branch, modality]; one such row per branch and layer is all that is computed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fmd_ext.adapters import AUDIO, JOINT, VISUAL
+
+# Labels of the keys that count as visual and as audio.
+MODALITIES = ((VISUAL, JOINT), (AUDIO, JOINT))
+# A sample stops forking after the layer in which it reads its modalities less than this part of the most so far.
+READING_FADES = 0.5
+
+
+def largest_depth(num_layers: int) -> int:
+    """The deepest fork that ``fork_layers="auto"`` chooses."""
+    return max(1, num_layers // 2)
+
+
+def default_depth(num_layers: int) -> int:
+    """The package's default, which "auto" falls back to where nothing forks in the first call on a cache."""
+    return max(1, num_layers // 4)
+
+
+class Reading:
+    """The last rows of the samples that begin to fork in a call, and how they share their attention.
+
+    Args:
+        labels: int8 [batch, length] of the call.
+        samples: [batch] bool, those that begin to fork in this call.
+        positions, home_rows, qo_rows, cu_seqlens_q, segments: of the plan and its fork step, see `StepPlan`.
+
+    Attributes:
+        layers: for each layer that has been read the shares, float32 [batch, 2, 2] (branch, modality).
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        samples: np.ndarray,
+        positions: np.ndarray,
+        home_rows: np.ndarray,
+        qo_rows: np.ndarray,
+        cu_seqlens_q: np.ndarray,
+        segments: np.ndarray,
+    ) -> None:
+        self.samples = samples
+        self.layers: list[torch.Tensor] = []
+        num_home, length = len(positions) - len(home_rows), labels.shape[1]
+        label_of_row = labels.ravel()[positions]
+        place_of_row = np.empty(len(positions), np.int64)
+        place_of_row[qo_rows] = np.arange(len(qo_rows))
+        self._rows: list[tuple[int, int, int, tuple[int, ...], np.ndarray]] = []
+        for sample in np.flatnonzero(samples):
+            own = np.flatnonzero(positions[:num_home] // length == sample)
+            home = int(own[-1])  # rows are in the order of the positions
+            away = num_home + np.flatnonzero(home_rows == home)
+            home_branch = 1 if label_of_row[home] == AUDIO else 0
+            for row, branch in ((home, home_branch), *((int(row), 1 - home_branch) for row in away)):
+                group = int(np.searchsorted(cu_seqlens_q, place_of_row[row], side="right")) - 1
+                keys = qo_rows[cu_seqlens_q[group] : cu_seqlens_q[group + 1]]  # the branch holds this call's rows only
+                self._rows.append((int(sample), branch, row, tuple(segments[group].tolist()), label_of_row[keys]))
+        self._masks: dict[torch.device, list[torch.Tensor]] = {}
+
+    def add(self, rows: torch.Tensor, pool: torch.Tensor, scale: float) -> None:
+        """One forked layer: queries [rows, num_qo_heads, head_dim] and the pool [num_kv_heads, num_slots, head_dim]."""
+        shares = torch.zeros(len(self.samples), 2, 2, device=rows.device)
+        for (sample, branch, row, segment, _), of_modality in zip(
+            self._rows, self._modalities(rows.device), strict=True
+        ):
+            kv_start, kv_len, prefix_start, prefix_len = segment
+            query = rows[row].float().view(pool.shape[0], -1, rows.shape[-1])
+            parts = [
+                query @ pool[:, start : start + length].float().transpose(-1, -2) * scale
+                for start, length in ((kv_start, kv_len), (prefix_start, prefix_len))
+            ]
+            weights = torch.cat(parts, dim=-1).softmax(-1).flatten(0, 1).mean(0)
+            shares[sample, branch] = of_modality @ weights[:kv_len]
+        self.layers.append(shares)
+
+    def _modalities(self, device: torch.device) -> list[torch.Tensor]:
+        """float32 [2, keys] for each row: 1 where the key is of the modality."""
+        if device not in self._masks:
+            self._masks[device] = [
+                torch.from_numpy(np.stack([np.isin(labels, own) for own in MODALITIES]).astype(np.float32)).to(device)
+                for *_, labels in self._rows
+            ]
+        return self._masks[device]
+
+    @property
+    def depths(self) -> torch.Tensor:
+        """int64 [batch]: the layers after which a sample stops forking; 0 while it goes on."""
+        return fading_depths(torch.stack(self.layers))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all samples have stopped forking: the deepest of them decides for the batch."""
+        samples = torch.from_numpy(self.samples).to(self.layers[0].device)
+        return bool((self.depths > 0)[samples].all())
+
+    @property
+    def alphas(self) -> torch.Tensor:
+        """float32 [batch, 2]: alpha per modality from the layers that have been read."""
+        return alphas_of(torch.stack(self.layers))
+
+
+def fading_depths(layers: torch.Tensor) -> torch.Tensor:
+    """int64 [batch]: the first number of layers after which modalities are read less than `READING_FADES` times the
+    most so far; 0 where that does not happen. ``layers``: shares [layers, batch, 2, 2]."""
+    reading = layers[:, :, 0, 0] + layers[:, :, 1, 1]
+    fades = reading < READING_FADES * reading.cummax(0).values
+    return torch.where(fades.any(0), fades.int().argmax(0) + 1, 0)
+
+
+def alphas_of(layers: torch.Tensor) -> torch.Tensor:
+    """float32 [batch, 2], ``(1 + r) / 2`` with ``r = S[own branch] / (S[own branch] + S[other branch])`` per modality.
+
+    S is summed over layers. ``layers``: shares [layers, batch, 2, 2]. 0.75 where nothing is read at all.
+    """
+    total = layers.sum(0)
+    own = torch.stack([total[:, 0, 0], total[:, 1, 1]], -1)
+    other = torch.stack([total[:, 1, 0], total[:, 0, 1]], -1)
+    read = torch.where(own + other > 0, own / (own + other).clamp(min=1e-30), 0.5)
+    return (1 + read) / 2

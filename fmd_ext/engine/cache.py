@@ -1,0 +1,377 @@
+"""The KV cache of a patched model: a slot pool per layer, cut into segments per sample.
+
+In the layers before the merge a sample has three segments: its prefix, shared by both branches, and one per branch. In
+the layers after it, one. Segments are slot ranges with spare capacity, so that a decode step writes in place; when one
+is full, all move to new pools with geometric headroom.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from fmd_ext import _core, ops
+from fmd_ext.adapters import AUDIO, JOINT, VISUAL
+from fmd_ext.config import AUTO, FMDConfig
+from fmd_ext.engine.auto import Reading, default_depth, largest_depth
+from fmd_ext.engine.plan import AttentionStep, PackedArrays, StepPlan
+from fmd_ext.engine.segments import SegmentTable
+
+NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
+UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
+BOTH_MODALITIES = 0b11
+
+Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each [num_kv_heads, num_slots, head_dim]
+
+
+def modality_bits(labels: np.ndarray) -> np.ndarray:
+    """The modalities that occur in ``labels`` [batch, length], int8 [batch]: bit 1 visual, bit 2 audio, joint both."""
+    joint = (labels == JOINT).any(1)
+    visual, audio = (labels == VISUAL).any(1) | joint, (labels == AUDIO).any(1) | joint
+    return visual.astype(np.int8) | audio.astype(np.int8) << 1
+
+
+class BranchedLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer: pools [num_kv_heads, num_slots, head_dim]."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, state: BranchedState, layer_idx: int) -> None:
+        super().__init__()
+        self.state = state
+        self.layer_idx = layer_idx
+
+    @property
+    def _leads(self) -> bool:
+        # transformers asks every layer in turn; the state is one, so the first layer's call acts for all.
+        return self.layer_idx == 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = value_states.dtype, value_states.device
+        num_slots = self.state.table_of(self.layer_idx).num_slots
+        shape = (key_states.shape[1], num_slots)
+        self.keys = value_states.new_empty((*shape, key_states.shape[3]))
+        self.values = value_states.new_empty((*shape, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Appends [1, num_kv_heads, rows, head_dim]; returns the pools.
+
+        The dtype is that of the values: under autocast a rotation makes float32 of the keys.
+        """
+        plan = self.state.plan
+        if plan is None:
+            raise RuntimeError(
+                "this cache belongs to a model patched by fmd_ext; it cannot be used by another model or after unpatch"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = plan.attention_for(self.layer_idx)
+        slots = step.get("slots", key_states.device)
+        k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        turn = plan.rotation
+        if turn is None or turn.k is not key_states:
+            ops.append_(self.keys, self.values, k.to(v.dtype), v, slots)
+        else:
+            ops.rope_append_(self.keys, self.values, turn.q_out, turn.q, k, v, turn.cos, turn.sin, slots)
+            plan.rotation = None
+        return self.keys, self.values
+
+    def move(self, source: torch.Tensor, destination: torch.Tensor, num_slots: int, into: Pools | None = None) -> None:
+        """Copies ``source`` slots to ``destination`` slots of other pools, which become the layer's.
+
+        Slots are int64 on the device of the pools. The other pools are ``into``, or new ones of ``num_slots`` slots.
+        """
+        pools = []
+        for index, pool in enumerate((self.keys, self.values)):
+            moved = pool.new_empty((pool.shape[0], num_slots, pool.shape[2])) if into is None else into[index]
+            moved[:, destination] = pool[:, source]
+            pools.append(moved)
+        self.keys, self.values = pools
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.state.logical_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.state.logical_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self._leads:
+            self.state.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._leads:
+            self.state.select(np.repeat(np.arange(self.state.batch), repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self._leads:
+            self.state.select(torch.arange(self.state.batch)[indices.cpu()])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of positions to remove, got {tokens_to_remove}")
+        if self._leads:
+            self.state.crop(-int(tokens_to_remove))
+
+    def release(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def reset(self) -> None:
+        self.release()
+        if self._leads:
+            self.state.clear()
+
+
+class BranchedState:
+    """What a cache knows of its samples: lengths, slots, and how far each is into the fork.
+
+    ``owner`` identifies the patch that the cache belongs to; ``plan`` is set while that patch runs a forward call.
+    """
+
+    def __init__(self, owner: str, config: FMDConfig, num_layers: int) -> None:
+        self.owner = owner
+        self.config = config
+        self.layers = [BranchedLayer(self, i) for i in range(num_layers)]
+        self.clear()
+
+    def clear(self) -> None:
+        self.plan: StepPlan | None = None
+        self.batch = 0
+        self.logical_length = 0  # of the padded batch, as transformers counts
+
+    def _start(self, batch: int) -> None:
+        self.batch = batch
+        self.phase = np.zeros(batch, np.int8)
+        self.modalities = np.zeros(batch, np.int8)  # bits: 1 visual, 2 audio, cached or announced
+        self.valid = np.zeros(batch, np.int64)  # positions without padding
+        self.text_tail = np.zeros(batch, np.int64)  # trailing positions that are text: what crop can remove
+        self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
+        self.trunk_table = SegmentTable(batch, 1)
+
+        # Layers before the merge and home row weights [batch, 4]: None until a first call has chosen them.
+        self.fork_layers = None if self.config.fork_layers == AUTO else self.config.fork_layers
+        self.home_weights: torch.Tensor | None = None
+
+    def table_of(self, layer_idx: int) -> SegmentTable:
+        fork_layers = self.fork_layers if self.plan is None else self.plan.fork_layers
+        is_forked = fork_layers is None or layer_idx < fork_layers
+        return self.fork_table if is_forked else self.trunk_table
+
+    def make_plan(self, labels: np.ndarray, announced: np.ndarray | None = None) -> StepPlan:
+        """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
+        3 joint).
+
+        ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
+        in chunks forks like a prompt given at once. The state changes only on ``commit``, room excepted.
+        """
+        batch, length = labels.shape
+        if self.logical_length == 0:
+            # Nothing is held: whatever an earlier call that failed has left behind goes.
+            for layer in self.layers:
+                layer.release()
+            self._start(batch)
+        elif self.batch != batch:
+            raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")
+        modalities = self.modalities | modality_bits(labels)
+        if announced is not None:
+            modalities = modalities | announced
+        phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
+        raw = _core.make_plan(
+            labels,
+            self.fork_table.length,
+            self.trunk_table.length[:, 0],
+            phase.astype(np.int8),
+            self.config.masking,
+        )
+        fork_length = raw.seg_len.reshape(batch, NUM_SEGMENTS)
+        trunk_length = self.trunk_table.length + (labels >= 0).sum(1, keepdims=True)
+        prefix_grows = (raw.phase != FORKED)[:, None]
+        growing = np.concatenate([prefix_grows, ~prefix_grows, ~prefix_grows], axis=1)
+        self._reserve(fork_length, growing, trunk_length)
+        tensors = PackedArrays(
+            positions=raw.positions,
+            home_rows=raw.home_rows,
+            away_rows=np.arange(raw.num_home, len(raw.positions)),
+            away_modality=raw.away_modality,
+            **_attention_arrays("fork", raw.fork, self.fork_table.start, fork_length),
+            **_attention_arrays("trunk", raw.trunk, self.trunk_table.start, trunk_length),
+        )
+        fork = AttentionStep("fork", raw.fork.max_qo_len, tensors)
+        begins = (raw.phase == FORKED) & (self.phase != FORKED)
+        fork_layers, chooses_depth = self._depth(bool(begins.any()))
+        reading = None
+        if begins.any() and (chooses_depth or (self.config.alpha == AUTO and self.config.masking == "zero")):
+            steps = (fork.get(name, torch.device("cpu")).numpy() for name in ("qo_rows", "cu_seqlens_q", "segments"))
+            reading = Reading(labels, begins, raw.positions, raw.home_rows, *steps)
+        plan = StepPlan(
+            batch=batch,
+            length=length,
+            num_home=raw.num_home,
+            positions=raw.positions,
+            home_rows=raw.home_rows,
+            away_modality=raw.away_modality,
+            tensors=tensors,
+            fork=fork,
+            trunk=AttentionStep("trunk", raw.trunk.max_qo_len, tensors),
+            fork_layers=fork_layers,
+            forked=raw.phase == FORKED,
+            chooses_depth=chooses_depth,
+            reading=reading,
+            home_weights=self.home_weights,
+        )
+        self._next = (raw.phase, modalities.astype(np.int8), fork_length, trunk_length, labels, plan)
+        return plan
+
+    def _depth(self, begins: bool) -> tuple[int, bool]:
+        """Layers before the merge in the next call, and whether that is only a bound of what the call will choose."""
+        if self.fork_layers is not None:
+            return self.fork_layers, False
+        num_layers = len(self.layers)
+        return (largest_depth(num_layers), True) if begins else (default_depth(num_layers), False)
+
+    def commit(self) -> None:
+        """Takes over what the last plan added; called when its forward call has succeeded."""
+        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels, plan = self._next
+        self.fork_layers, self.home_weights = plan.fork_layers, plan.home_weights
+        is_text = labels == 0
+        tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
+        self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
+        self.valid = self.valid + (labels >= 0).sum(1)
+        self.logical_length += labels.shape[1]
+
+    def _reserve(self, fork_length: np.ndarray, growing: np.ndarray, trunk_length: np.ndarray) -> None:
+        needs = (("fork_table", fork_length, growing), ("trunk_table", trunk_length, np.ones_like(trunk_length, bool)))
+        for name, needed, grows in needs:
+            old = getattr(self, name)
+            if (needed > old.capacity).any():
+                new = old.resized(needed, grows)
+                self._move(name, new, old.slots_in_use())
+
+    def _move(self, name: str, new: SegmentTable, source: np.ndarray, into: list[Pools] | None = None) -> None:
+        """Takes the table ``new``; its used slots get what the old slots ``source`` hold. ``into``: pools by layer."""
+        layers = [layer for layer in self.layers if self.table_of(layer.layer_idx) is getattr(self, name)]
+        indices = PackedArrays(source=source, destination=new.slots_in_use())
+        for layer in layers:
+            if layer.is_initialized:
+                device = layer.keys.device
+                pools = None if into is None else into[layer.layer_idx]
+                layer.move(indices.get("source", device), indices.get("destination", device), new.num_slots, pools)
+        setattr(self, name, new)
+
+    def select(self, samples: torch.Tensor | np.ndarray) -> None:
+        """Keeps ``samples`` [new batch] in that order, repeats allowed (beam search)."""
+        if self.batch == 0:
+            return
+        index = samples.cpu().numpy() if isinstance(samples, torch.Tensor) else samples
+        if len(index) == self.batch and (index == np.arange(self.batch)).all():
+            return
+        for name in ("fork_table", "trunk_table"):
+            new, source = getattr(self, name).select(index)
+            self._move(name, new, source)
+        self.batch = len(index)
+        for name in ("phase", "modalities", "valid", "text_tail"):
+            setattr(self, name, getattr(self, name)[index])
+        if self.home_weights is not None:
+            self.home_weights = self.home_weights[torch.from_numpy(index).to(self.home_weights.device)]
+
+    def crop(self, count: int) -> None:
+        """Forgets the last ``count`` positions, which must be text after the last position of a branch modality."""
+        if count == 0 or self.batch == 0:
+            return
+        if count > self.text_tail.min():
+            raise ValueError(
+                f"cannot crop {count} positions: only the last {self.text_tail.min()} are text in every sample, and a "
+                "forked cache cannot give back positions of a branch modality or padding"
+            )
+        self.extend(-count)
+
+    def extend(self, count: int) -> None:
+        """Takes over ``count`` text positions per sample whose keys are in their slots; negative: gives them back."""
+        self.fork_table.length = self.fork_table.length + count * self._text_segments
+        self.trunk_table.length = self.trunk_table.length + count
+        self.text_tail = self.text_tail + count
+        self.valid = self.valid + count
+        self.logical_length += count
+
+    @property
+    def _text_segments(self) -> np.ndarray:
+        """[batch, segments] bool: those that a text position has a key in."""
+        forked = self.phase == FORKED
+        return np.stack([~forked, forked, forked], axis=1)
+
+    def tables_with_room(self, count: int) -> tuple[SegmentTable, SegmentTable]:
+        """Tables of the layers before and after the merge with room for at least ``count`` more text positions."""
+        trunk = self.trunk_table
+        return self.fork_table.with_room(self._text_segments, count), trunk.with_room(trunk.length >= 0, count)
+
+    @property
+    def text_room(self) -> int:
+        """Text positions that every segment which takes them still has room for."""
+        fork, trunk = self.fork_table, self.trunk_table
+        return int(min((fork.capacity - fork.length)[self._text_segments].min(), (trunk.capacity - trunk.length).min()))
+
+    def move(self, fork_table: SegmentTable, trunk_table: SegmentTable, pools: list[Pools]) -> None:
+        """Moves all keys to ``pools`` (by layer), laid out as the tables say, which hold the same lengths."""
+        for name, table in (("fork_table", fork_table), ("trunk_table", trunk_table)):
+            self._move(name, table, getattr(self, name).slots_in_use(), pools)
+
+    def leave_pools(self) -> None:
+        """Copies the keys out of pools that others will use again."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+
+def _attention_arrays(kind: str, groups, start: np.ndarray, length: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of an `AttentionStep`, their names behind ``kind``."""
+    segment = groups.group_segment
+    segments_per_sample = start.shape[1]
+    first = segment - segment % segments_per_sample  # the prefix segment of the same sample
+    start, length = start.ravel(), length.ravel()
+    has_prefix = segment != first
+    columns = (start[segment], length[segment], start[first] * has_prefix, length[first] * has_prefix)
+    return {
+        f"{kind}.qo_rows": groups.qo_rows,
+        f"{kind}.cu_seqlens_q": groups.cu_seqlens_q,
+        f"{kind}.segments": np.stack(columns, axis=1),
+        f"{kind}.slots": start[groups.row_segment] + groups.row_offset,
+    }
+
+
+def adopt(cache: Cache | None, owner: str, config: FMDConfig, num_layers: int) -> tuple[Cache, BranchedState]:
+    """Makes ``cache`` (a fresh DynamicCache, or one adopted before; None: a new one) hold branched layers.
+
+    Raises:
+        TypeError: a kind of cache that cannot hold branches (static, quantized, offloaded, ...).
+        ValueError: a cache that another model, another patch or the unpatched model has filled.
+    """
+    if cache is None:
+        cache = DynamicCache()
+    layers = getattr(cache, "layers", None)
+    if layers and isinstance(layers[0], BranchedLayer):
+        state = layers[0].state
+        if state.owner is owner:
+            return cache, state
+        if state.batch:
+            raise ValueError("this cache was filled by another patched model, or before the model was patched again")
+    elif type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        raise TypeError(
+            f"a patched model keeps its branches in a DynamicCache; got {type(cache).__name__}"
+            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}. Static, compiled, quantized and "
+            "offloaded caches are not supported: leave cache_implementation unset"
+        )
+    elif cache.get_seq_length() > 0:
+        raise ValueError(
+            f"this cache already holds {cache.get_seq_length()} positions from an unpatched model; start with an empty "
+            "one, or unpatch the model to go on with it"
+        )
+    state = BranchedState(owner, config, num_layers)
+    cache.layers = list(state.layers)
+    cache.layer_class_to_replicate = None
+    return cache, state

@@ -1,0 +1,386 @@
+"""The forward call of a patched text decoder: rows in, branched layers, merge, padded batch out.
+
+The model's own decoder code runs. It gets one packed sequence of rows instead of the padded batch; its attention
+modules call `branched_attention`; a pre-hook on every layer after the fork merges the rows and drops the away rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_outputs import ModelOutput
+
+from fmd_ext import ops
+from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, Adapter
+from fmd_ext.config import AUTO
+from fmd_ext.engine.cache import adopt, modality_bits
+from fmd_ext.engine.plan import StepPlan
+from fmd_ext.engine.session import UNREAD_BRANCHES, Session, check_labels
+
+ATTENTION_NAME = "fmd_ext"
+
+# Settings of a decoder's config that change what its layers see beyond rows and their keys.
+UNSUPPORTED = {
+    "attn_logit_softcapping": "caps its attention logits",
+    "hidden_size_per_layer_input": "feeds every layer an input of its own",
+    "num_kv_shared_layers": "lets later layers reuse the keys of earlier ones",
+    "use_bidirectional_attention": "lets positions attend to later ones",
+}
+
+
+def branched_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    fmd_plan: StepPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface over slot pools.
+
+    Args:
+        query: [1, num_qo_heads, rows, head_dim].
+        key, value: pools [num_kv_heads, num_slots, head_dim], as the cache's ``update`` returns them.
+        scaling: softmax scale, default head_dim ** -0.5.
+
+    Returns:
+        [1, rows, num_qo_heads, head_dim], and None for the weights, which are never materialised.
+    """
+    if fmd_plan is None:
+        raise RuntimeError(
+            f"{type(module).__name__} did not pass its keyword arguments on to the attention function, so fmd_ext "
+            "cannot run in it"
+        )
+    extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    extras += ["sliding_window"] * _is_window(kwargs.get("sliding_window"), module.config)
+    if extras:
+        raise TypeError(
+            f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
+        )
+    if fmd_plan.rotation is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} changes its keys after their rotation, so that the append cannot rotate them: "
+            "its adapter must not name `rotary`"
+        )
+    step = fmd_plan.attention_for(module.layer_idx)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = query[0].transpose(0, 1).to(value.dtype)  # the same dtype, but for rotations under autocast
+    if fmd_plan.reading is not None and module.layer_idx < fmd_plan.fork_layers:
+        fmd_plan.reading.add(rows, key, scale)
+    qo_rows, segments = step.get("qo_rows", rows.device), step.get("segments", rows.device)
+    if step.max_qo_len == 1:
+        out, _ = ops.branched_decode(rows, key, value, qo_rows, segments, scale)
+    else:
+        cu_seqlens_q = step.get("cu_seqlens_q", rows.device)
+        out, _ = ops.branched_prefill(rows, key, value, qo_rows, cu_seqlens_q, segments, step.max_qo_len, scale)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, branched_attention)
+
+
+class MergeHook:
+    """Forward pre-hook of the layers after the fork: merges once, then keeps the home rows of every argument.
+
+    Args:
+        layer_idx: of the layer, or the number of layers for the final norm.
+    """
+
+    def __init__(self, session: Session, layer_idx: int) -> None:
+        self.session = session
+        self.layer_idx = layer_idx
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        plan = self.session.plan
+        if plan is None or plan.num_away == 0 or not self._is_after_fork(plan):
+            return None
+        rows, home = plan.num_rows, plan.num_home
+
+        def home_rows(value: Any, dim: int) -> Any:
+            if isinstance(value, tuple):
+                return tuple(home_rows(item, dim) for item in value)
+            if isinstance(value, torch.Tensor) and value.dim() >= -dim and value.shape[dim] == rows:
+                return value.narrow(dim, 0, home)
+            return value
+
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] == rows:
+            self._merge(hidden, plan)
+            hidden = home_rows(hidden, -2)
+            args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        for name, dim in (("position_embeddings", -2), ("position_ids", -1)):
+            if name in kwargs:
+                kwargs[name] = home_rows(kwargs[name], dim)
+        return args, kwargs
+
+    def _is_after_fork(self, plan: StepPlan) -> bool:
+        if plan.chooses_depth and self.layer_idx < plan.fork_layers and plan.reading.is_over:
+            plan.fork_layers = self.layer_idx
+        return self.layer_idx >= plan.fork_layers
+
+    def _merge(self, hidden: torch.Tensor, plan: StepPlan) -> None:
+        tensors, device = plan.tensors, hidden.device
+        weights = self.session.merge_weights(device)
+        if plan.reading is not None and self.session.config.alpha == AUTO:
+            plan.home_weights = self._chosen_weights(weights, plan)
+        home_rows, away_modality = tensors.get("home_rows", device), tensors.get("away_modality", device)
+        if plan.home_weights is None or not plan.has_masked_rows:  # text weighs the same in every sample
+            away_weights = weights[away_modality]
+        else:
+            samples = tensors.get("positions", device)[home_rows] // plan.length
+            away_weights = plan.home_weights[samples, away_modality]
+        ops.merge_(hidden[0], home_rows, tensors.get("away_rows", device), away_weights)
+
+    def _chosen_weights(self, weights: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
+        chosen = weights.repeat(plan.batch, 1)
+        chosen[:, VISUAL : AUDIO + 1] = plan.reading.alphas
+        if plan.home_weights is None:
+            return chosen
+        begins = torch.from_numpy(plan.reading.samples).to(chosen.device)
+        return torch.where(begins[:, None], chosen, plan.home_weights)
+
+
+class ForkedDecoder:
+    """Runs a text decoder's own forward on packed rows. One per patched decoder."""
+
+    def __init__(self, session: Session, original: Any, embed: str = "") -> None:
+        self.session = session
+        self.original = original
+        self.embed = embed  # see `Adapter.embed`
+        self.signature = inspect.signature(original)
+
+    def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self.session.turn:
+            return self._run(decoder, arguments_by_name(self.signature, args, kwargs))
+
+    def _run(self, decoder: nn.Module, call: dict[str, Any]) -> Any:
+        return_dict = call.pop("return_dict", None)
+        use_cache = call.pop("use_cache", None)
+        if use_cache is None:
+            use_cache = getattr(decoder.config, "use_cache", True)
+        self._refuse(decoder, call)
+        embeds, mask = call["inputs_embeds"], call.pop("attention_mask", None)
+        given = call.pop("past_key_values", None)
+        past = 0 if given is None else given.get_seq_length()
+        labels, branches = call.pop("modality_labels", None), call.pop("branch_embeds", None)
+        plan = self.session.fixed_plan
+        if plan is None:
+            check_length(decoder, past + embeds.shape[1])
+            labels, announced = self._labels(embeds, past, labels)
+        cache, state = adopt(given, self.session.token, self.session.config, len(decoder.layers))
+        if plan is None:
+            if not (past and self.session.is_generated(mask, embeds.shape[1])):
+                _apply_padding(labels, mask, past, state)
+            branches = self._branches(embeds, labels, past, branches)
+            plan = state.make_plan(labels, announced)
+        call["inputs_embeds"] = self._pack_embeds(embeds, branches, plan)
+        call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
+        call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
+
+        state.plan = self.session.plan = plan
+        try:
+            out = self.original(**call)
+        finally:
+            state.plan = self.session.plan = plan.rotation = None
+        if plan is not self.session.fixed_plan:
+            state.commit()
+        self.session.last_plan = plan
+        out = self._unpack(out, plan, cache if use_cache else None)
+        return out.to_tuple() if return_dict is False else out
+
+    def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
+        """Errors for what the method does not do; fills in ``inputs_embeds``."""
+        input_ids, embeds = call.pop("input_ids", None), call.get("inputs_embeds")
+        if (input_ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if embeds is None:
+            embeds = call["inputs_embeds"] = self._embed(decoder, input_ids, call)
+        if embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds must be [batch, length, hidden], got {list(embeds.shape)}")
+        refuse_gradients(decoder, embeds)
+        if call.get("output_attentions") or getattr(decoder.config, "output_attentions", False):
+            raise ValueError(
+                "a patched model has no attention weights to return (they are never materialised); leave "
+                "output_attentions unset, or use fmd_ext.lab.diagnose.attention_share"
+            )
+
+    def _embed(self, decoder: nn.Module, input_ids: torch.Tensor, call: dict[str, Any]) -> torch.Tensor:
+        embeds = decoder.get_input_embeddings()(input_ids)
+        if not self.embed:
+            return embeds
+        put_features_in = getattr(decoder, self.embed)
+        _, _, *names = inspect.signature(put_features_in.forward).parameters
+        return put_features_in(input_ids, embeds, **{name: call.pop(name) for name in names if name in call})
+
+    def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
+        batch, length = embeds.shape[:2]
+        whole = self.session.labels_for(batch) if given is None else check_labels(given, batch)
+        labels = np.full((batch, length), TEXT, np.int8)
+        if whole is None or whole.shape[1] <= past or not self.session.config.fork_layers:
+            return labels, None
+        here = whole[:, past : past + length]
+        labels[:, : here.shape[1]] = here
+        to_come = whole[:, past + length :]
+        return labels, modality_bits(to_come)
+
+    def _branches(self, embeds: torch.Tensor, labels: np.ndarray, past: int, given: Any) -> torch.Tensor | None:
+        """Both branches' embeddings [2, batch, n <= length, hidden] up to the last joint position; None: no such."""
+        batch, length, hidden = embeds.shape
+        joint = (labels == JOINT).any(0)
+        if not joint.any():
+            if given is not None:
+                raise ValueError(UNREAD_BRANCHES)
+            return None
+        needed = int(np.flatnonzero(joint)[-1]) + 1
+        branches = self.session.branches_for(batch, past, length) if given is None else given
+        shape = None if branches is None else list(branches.shape)
+        if shape is None or len(shape) != 4 or [*shape[:2], shape[3]] != [2, batch, hidden] or shape[2] < needed:
+            raise ValueError(
+                f"joint positions (label 3) need branch_embeds [2, {batch}, {length}, {hidden}]: this call's "
+                "embeddings with the audio masked (visual branch) and with the video masked (audio branch); "
+                f"got {shape}"
+            )
+        return branches
+
+    def _pack_embeds(self, embeds: torch.Tensor, branches: torch.Tensor | None, plan: StepPlan) -> torch.Tensor:
+        """[batch, length, hidden] -> [1, rows, hidden], masked embeddings of away rows scaled, joint ones by branch."""
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        if plan.num_away == 0 and plan.is_dense:
+            return flat[None]
+        packed = flat.index_select(0, plan.tensors.get("positions", flat.device))
+        if plan.has_masked_rows:  # with masking="attention" none of them has a row
+            masked = plan.tensors.get("away_modality", flat.device) != TEXT
+            packed[plan.num_home :].mul_(torch.where(masked, self.session.config.mask_scale, 1.0)[:, None].to(packed))
+        if branches is not None:
+            joint = np.flatnonzero(plan.away_modality == JOINT)
+            home = plan.home_rows[joint]
+            place = tuple(torch.from_numpy(index) for index in np.divmod(plan.positions[home], plan.length))
+            for branch, rows in zip(branches, (home, plan.num_home + joint), strict=True):
+                packed[torch.from_numpy(rows)] = branch[place].to(packed)
+        return packed[None]
+
+    def _pack_positions(self, given: Any, embeds: torch.Tensor, plan: StepPlan, past: int) -> torch.Tensor:
+        """Position ids [..., batch or 1, length] -> [..., 1, rows]; none: counted from ``past``, as vanilla does."""
+        if given is None:
+            given = torch.arange(past, past + plan.length, device=embeds.device)[None]
+        if given.shape[-1] != plan.length:
+            raise ValueError(f"position_ids are for {given.shape[-1]} positions, the call has {plan.length}")
+        flat = given.expand(*given.shape[:-2], plan.batch, plan.length).reshape(*given.shape[:-2], -1)
+        if plan.num_away or not plan.is_dense:
+            flat = flat.index_select(-1, plan.tensors.get("positions", flat.device))
+        return flat.unsqueeze(-2)
+
+    def _unpack(self, out: ModelOutput, plan: StepPlan, cache: Any) -> ModelOutput:
+        """Back to [batch, length, hidden]; hidden states before the merge are those of the home rows."""
+        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), "past_key_values": cache}
+        if out.get("hidden_states") is not None:
+            values["hidden_states"] = tuple(unpack_rows(hidden, plan) for hidden in out.hidden_states)
+        return type(out)(**values)
+
+
+def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, those of ``**kwargs`` among them."""
+    call = dict(kwargs)
+    call.update(zip(signature.parameters, args, strict=False))
+    return call
+
+
+def check_length(decoder: nn.Module, length: int) -> None:
+    """Raises ValueError where ``length`` positions are more than the decoder was made for."""
+    limit = getattr(decoder.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"the context would be {length} positions long; the model's limit is {limit}")
+
+
+def refuse_gradients(module: nn.Module, embeds: torch.Tensor | None = None) -> None:
+    if torch.is_grad_enabled() and (module.training or (embeds is not None and embeds.requires_grad)):
+        raise RuntimeError(
+            "fork-merge decoding is inference-only: call model.eval() and use torch.no_grad(), or unpatch the model "
+            "to train it"
+        )
+
+
+def unpack_rows(rows: torch.Tensor | None, plan: StepPlan) -> torch.Tensor | None:
+    """Home rows of [1, rows, hidden] as [batch, length, hidden]; padding is zero."""
+    if rows is None:
+        return None
+    home = rows[0, : plan.num_home]
+    if plan.is_dense:
+        return home.view(plan.batch, plan.length, -1)
+    padded = home.new_zeros((plan.batch * plan.length, home.shape[-1]))
+    padded[plan.tensors.get("positions", home.device)[: plan.num_home]] = home
+    return padded.view(plan.batch, plan.length, -1)
+
+
+def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None:
+    """Marks positions that the 2D attention mask [batch, past + length] (or [batch, length]) leaves out."""
+    if mask is None:
+        return
+    batch, length = labels.shape
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"a patched model takes a 2D attention_mask [batch, length], got {shape}")
+    if mask.shape[0] != batch or mask.shape[1] not in (past + length, length):
+        raise ValueError(
+            f"attention_mask must be [{batch}, {past + length}] (cached positions included), got {list(mask.shape)}"
+        )
+    keep = mask.detach().cpu().numpy() != 0
+    if past and length > 1 and mask.shape[1] == past + length and (keep[:, :past].sum(1) != state.valid).any():
+        raise ValueError(
+            "attention_mask hides or reveals positions that are cached already; what was cached cannot be changed"
+        )
+    labels[~keep[:, -length:]] = PADDING
+
+
+def branched_config(config: Any) -> Any:
+    """A copy of a decoder's config that selects `branched_attention`; the original, maybe shared, is left alone."""
+    branched = copy.copy(config)
+    branched._attn_implementation_internal = ATTENTION_NAME
+    return branched
+
+
+def _is_window(size: int | None, config: Any) -> bool:
+    """Whether a sliding window hides anything within the model's context."""
+    return bool(size) and size < (getattr(config, "max_position_embeddings", None) or math.inf)
+
+
+def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
+    """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
+    layer_types = getattr(decoder.config, "layer_types", None) or []
+    other = sorted(set(layer_types) - {"full_attention"})
+    if other:
+        kinds = ", ".join(other)
+        raise TypeError(f"{type(decoder).__name__} has layers of type {kinds}; only full attention is supported")
+    window = getattr(decoder.config, "sliding_window", None)
+    if not layer_types and _is_window(window, decoder.config):
+        raise TypeError(
+            f"{type(decoder).__name__} attends to a sliding window of {window}; only full attention is supported"
+        )
+    for name, what in UNSUPPORTED.items():
+        if getattr(decoder.config, name, None):
+            raise TypeError(f"{type(decoder).__name__} {what} ({name}), which is not supported")
+    takes_features = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
+    if takes_features and not hasattr(decoder, adapter.deepstack):
+        raise TypeError(
+            f"{type(decoder).__name__} adds visual features to early hidden states, but not in a method "
+            f"{adapter.deepstack!r}: name the method in the adapter's deepstack"
+        )
+    for index, layer in enumerate(decoder.layers):
+        module = getattr(layer, adapter.attention, None)
+        if module is None or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
+            raise TypeError(
+                f"layer {index} of {type(decoder).__name__} has no attention module {adapter.attention!r} with config "
+                "and layer_idx, as transformers' decoders have"
+            )

@@ -1,0 +1,147 @@
+"""What one forward call does with its rows: made once per call by the planner, read by every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from fmd_ext.engine.auto import Reading
+
+
+class PackedArrays:
+    """int64 arrays of any shapes in one flat buffer, so that they reach a device in one copy.
+
+    ``get`` gives views of the buffer on a device; what changes the buffer in place changes what the views show.
+    """
+
+    def __init__(self, **arrays: np.ndarray) -> None:
+        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        size = 0
+        for name, array in arrays.items():
+            self._places[name] = (size, array.shape)
+            size += array.size
+        self.host = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+        self._buffers: dict[torch.device, torch.Tensor] = {}
+        self._views: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def get(self, name: str, device: torch.device) -> torch.Tensor:
+        key = (name, device)
+        if key not in self._views:
+            if device not in self._buffers:
+                self._buffers[device] = self.host.to(device, non_blocking=True)
+            self._views[key] = self.view(name, self._buffers[device])
+        return self._views[key]
+
+    def view(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
+        """The array ``name`` in a flat ``buffer`` laid out like this one."""
+        start, shape = self._places[name]
+        return buffer[start : start + int(np.prod(shape))].view(shape)
+
+    def keep_on(self, device: torch.device) -> torch.Tensor:
+        """The buffer on ``device``, a copy of its own that may be changed in place, call after call.
+
+        To be asked for before any ``get``. For plans whose tensors outlive the call that they were made for.
+        """
+        with torch.inference_mode(False):  # else none could be changed outside of the mode that it was made in
+            self._buffers[device] = torch.empty(self.host.shape, dtype=torch.int64, device=device)
+        return self._buffers[device].copy_(self.host)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionStep:
+    """Which keys each row sees, and where its own key goes, in one kind of layer (before or after the merge).
+
+    Tensors: ``qo_rows`` [rows in groups], ``cu_seqlens_q`` [groups + 1], ``segments`` [groups, 4] (kv_start, kv_len,
+    prefix_start, prefix_len) and ``slots`` [rows], all int64; see ``csrc/include/fmd/params.h``.
+
+    Args:
+        kind: ``"fork"`` (before the merge) or ``"trunk"``; the prefix of the tensors' names in ``arrays``.
+        max_qo_len: rows of the longest group.
+        arrays: those of the whole plan.
+    """
+
+    kind: str
+    max_qo_len: int
+    arrays: PackedArrays
+
+    def get(self, name: str, device: torch.device) -> torch.Tensor:
+        return self.arrays.get(f"{self.kind}.{name}", device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation that the append has still to do.
+
+    Args:
+        q: [rows, num_qo_heads, head_dim], and ``q_out``, of the same shape, which is to hold it rotated.
+        k: [1, num_kv_heads, rows, head_dim], not rotated, as the cache will be given it.
+        cos, sin: [rows, head_dim].
+    """
+
+    q: torch.Tensor
+    q_out: torch.Tensor
+    k: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclasses.dataclass
+class StepPlan:
+    """The rows of one forward call over a padded batch [batch, length].
+
+    Args:
+        batch, length: shape of the padded batch.
+        num_home: rows that hold every valid position once, in batch order.
+        positions: [rows] int64, row -> sample * length + position; away rows follow the home rows.
+        home_rows: [away rows] int64, the home row that away row ``num_home + j`` merges into.
+        away_modality: [away rows] int64, label of that position (0 text, 1 visual, 2 audio, 3 joint).
+        tensors: ``positions``, ``home_rows``, ``away_rows`` and ``away_modality``, and the tensors of ``fork`` and
+            ``trunk``.
+        fork, trunk: attention before and after the merge.
+        fork_layers: number of layers before the merge. While ``chooses_depth``, the largest that it may become.
+        forked: [batch] bool, samples that are in the fork after this call.
+        chooses_depth: whether ``reading`` decides on ``fork_layers`` during the call.
+        reading: what the samples that begin to fork attend to, where a setting is "auto"; else None.
+        home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
+            samples; else None.
+        rotation: what the layer that runs has left to its append.
+    """
+
+    batch: int
+    length: int
+    num_home: int
+    positions: np.ndarray
+    home_rows: np.ndarray
+    away_modality: np.ndarray
+    tensors: PackedArrays
+    fork: AttentionStep
+    trunk: AttentionStep
+    fork_layers: int
+    forked: np.ndarray
+    chooses_depth: bool = False
+    reading: Reading | None = None
+    home_weights: torch.Tensor | None = None
+    rotation: Rotation | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.positions)
+
+    @property
+    def num_away(self) -> int:
+        return len(self.home_rows)
+
+    @property
+    def is_dense(self) -> bool:
+        """No padding: the home rows are the padded batch itself."""
+        return self.num_home == self.batch * self.length
+
+    @property
+    def has_masked_rows(self) -> bool:
+        """Some away row is a masked audio-visual position, not text."""
+        return bool(self.away_modality.any())
+
+    def attention_for(self, layer_idx: int) -> AttentionStep:
+        return self.fork if layer_idx < self.fork_layers else self.trunk

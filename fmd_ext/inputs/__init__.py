@@ -1,0 +1,1 @@
+"""A clip and a question to model inputs."""

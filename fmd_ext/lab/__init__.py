@@ -1,0 +1,1 @@
+"""Everything that measures, compares or explains the method. The library never imports it."""

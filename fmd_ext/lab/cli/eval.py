@@ -1,0 +1,195 @@
+"""``fmd-ext eval``: a benchmark by several decoding methods, scored and compared."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import fmd_ext
+from fmd_ext.cli import show
+from fmd_ext.cli.answer import config_from
+from fmd_ext.cli.ask import DEFAULT_RATES, SMALLEST_FRAME
+from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
+from fmd_ext.cli.models import LoadedModel, load_model
+from fmd_ext.config import FMDConfig
+from fmd_ext.hardware import cpu_model
+from fmd_ext.lab.cli.scores import show_evaluation, show_speed
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, load, select
+from fmd_ext.lab.eval.generation import Decoding
+from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
+from fmd_ext.lab.eval.predictions import Results, ResultsError
+from fmd_ext.lab.eval.run import Reading, Runner, rank_and_size
+from fmd_ext.lab.eval.speed import measure, read_speed, write_speed
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list()
+    try:
+        import fmd_ext.lab.eval.scores  # noqa: F401  fails here, not after hours of answers
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    if args.score_only:
+        if args.output is None:
+            raise UserError("--score-only needs the results folder: --output FOLDER")
+        return _score(args, Results(args.output))
+    if args.benchmark is None or args.data is None:
+        raise UserError("--benchmark and --data say what to ask (or --score-only, --list)")
+    with blaming_input(DataError, ValueError, OSError):
+        loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
+        items = select(loaded.items, limit=args.limit, ids=args.item, categories=args.category)
+        choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
+        decoding = Decoding(args.temperature, args.top_p, args.samples, args.seed, args.max_new_tokens)
+        rank, size = rank_and_size()
+    if rank == 0:
+        print("\n".join(loaded.report()))
+    if args.check:
+        return 1 if loaded.missing or loaded.malformed else 0
+    there = [item for item in items if item.path is not None]
+    if len(there) < len(items) and not args.allow_missing:
+        lacking = sorted({item.video for item in items if item.path is None})
+        raise UserError(
+            f"{len(lacking)} videos are missing, among them {lacking[0]}: --check lists them, --allow-missing leaves "
+            "their questions out"
+        )
+    if not there:
+        raise UserError("none of the chosen questions has a video")
+    return _answer(args, loaded, there, choices, decoding, rank, size)
+
+
+def _answer(
+    args: argparse.Namespace,
+    loaded: Loaded,
+    items: list,
+    choices: list[Choice],
+    decoding: Decoding,
+    rank: int,
+    size: int,
+) -> int:
+    model = load_model(args.model, args.dtype, _device(args.device, size))
+    if model.is_random and rank == 0:
+        show.note("this model's weights are random: its answers mean nothing")
+    choices = [choice.with_defaults(_given(model.settings)) for choice in choices]
+    reading = reading_from(args)
+    name = re.sub(r"[^\w.-]+", "-", Path(args.model).name if args.model else "built-in")
+    results = Results(args.output or Path("results") / f"{loaded.benchmark.name}-{name}")
+    runner = Runner(
+        model.model,
+        model.processor,
+        choices,
+        results,
+        limits=loaded.benchmark.max_new_tokens,
+        decoding=decoding,
+        reading=reading,
+        context_limit=model.context_limit,
+    )
+    with blaming_input(ResultsError, ValueError, TypeError, OSError), notes_from_warnings():
+        in_force = {}
+        for choice in choices:  # a setting out of range is found before the first question
+            with choice.applied(model.model) as settings:
+                in_force[choice.name] = settings
+        results.begin(run_settings(args, loaded, model, decoding, reading), loaded.items)
+        results.begin_methods(in_force)
+        runner.run(items, batch_size=args.batch_size, rank=rank, size=size, progress=not args.quiet)
+    if rank != 0:
+        return 0
+    if args.speed:
+        with blaming_input(ValueError, OSError), notes_from_warnings():
+            write_speed(results, measure(runner, items[: args.speed]))
+    return _score(args, results)
+
+
+def _score(args: argparse.Namespace, results: Results) -> int:
+    from fmd_ext.lab.eval.scores import evaluate, write_scores
+
+    with blaming_input(ResultsError, DataError, OSError):
+        evaluation = evaluate(results, baseline=args.baseline)
+        write_scores(results, evaluation)
+    console = Console()
+    if not console.is_terminal:  # in a file nothing needs to be squeezed into 80 columns
+        console = Console(width=180)
+    show_evaluation(console, evaluation)
+    if speed := read_speed(results):
+        show_speed(console, speed)
+    if args.report:
+        from fmd_ext.lab.eval.report import write_report
+
+        with blaming_input(ImportError, OSError):
+            path = write_report(results, evaluation, args.report)
+        print(f"report: {path}")
+    print(f"results: {results.folder}")
+    return 0
+
+
+def reading_from(args: argparse.Namespace) -> Reading:
+    """How clips are read, as the command line says."""
+    pixels = args.max_frame_pixels
+    return Reading(
+        fps=args.fps or DEFAULT_RATES["fps"],
+        max_frames=args.max_frames or DEFAULT_RATES["max_frames"],
+        frame_pixels=None if pixels is None else (min(pixels, SMALLEST_FRAME), pixels),
+        interleaved=args.interleaved,
+    )
+
+
+def run_settings(
+    args: argparse.Namespace, loaded: Loaded, model: LoadedModel, decoding: Decoding, reading: Reading
+) -> dict[str, Any]:
+    """All that decides the predictions; what only helps to understand them is under ``about``."""
+    packages = ("torch", "transformers", "av", "numpy")
+    versions = {"fmd-ext": fmd_ext.__version__, **{name: importlib.metadata.version(name) for name in packages}}
+    gpu = torch.cuda.get_device_name(model.model.device) if model.model.device.type == "cuda" else None
+    return {
+        "benchmark": loaded.benchmark.name,
+        "questions": loaded.digest,
+        "prompt": loaded.prompt.template,
+        "model": model.name,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "decoding": vars(decoding),
+        "reading": vars(reading),
+        "batch_size": args.batch_size,
+        "about": {
+            "prompt_source": loaded.prompt.source,
+            "files": [str(path) for path in loaded.files],
+            "model_type": model.model.config.model_type,
+            "model_revision": getattr(model.model.config, "_commit_hash", None),
+            "random_weights": model.is_random,
+            "excluded": {"malformed": len(loaded.malformed), "missing_videos": len(loaded.missing)},
+            "versions": {"python": platform.python_version(), **versions},
+            "machine": gpu or cpu_model(),
+        },
+    }
+
+
+def _given(config: FMDConfig) -> dict[str, Any]:
+    """Settings given as options, or by the model, go to every method that takes them and does not say otherwise."""
+    return {name: value for name, value in vars(config).items() if value is not None}
+
+
+def _device(device: str, size: int) -> str:
+    """Each of several processes takes a GPU of its own, unless one is named."""
+    if device == "auto" and size > 1 and torch.cuda.device_count() > 1:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return device
+
+
+def _list() -> int:
+    print("benchmarks:")
+    for benchmark in BENCHMARKS.values():
+        print(f"  {benchmark.name:14} {benchmark.title}; prompts: {', '.join(benchmark.prompts)}")
+        print(f"  {'':14} {benchmark.source}")
+    print("methods:")
+    for method in METHODS.values():
+        print(f"  {method.name:14} {method.summary}")
+        print(f"  {'':14} {method.source}")
+        for name, meaning in method.settings.items():
+            print(f"  {'':14}   {name}: {meaning}")
+    return 0

@@ -1,0 +1,140 @@
+"""The benchmarks: one short file each, one table, one way to load them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from fmd_ext.lab.eval.benchmarks.avhbench import AVHBENCH
+from fmd_ext.lab.eval.benchmarks.avqa import AVQA
+from fmd_ext.lab.eval.benchmarks.base import Benchmark, DataError, Findings, Prompt, ask, read_records
+from fmd_ext.lab.eval.benchmarks.music_avqa import MUSIC_AVQA
+from fmd_ext.lab.eval.benchmarks.video_mme import VIDEO_MME
+from fmd_ext.lab.eval.benchmarks.worldsense import WORLDSENSE
+from fmd_ext.lab.eval.items import Item
+
+__all__ = ["BENCHMARKS", "Benchmark", "DataError", "Loaded", "Prompt", "load", "select"]
+
+BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (AVHBENCH, MUSIC_AVQA, AVQA, VIDEO_MME, WORLDSENSE)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A benchmark as found in a folder.
+
+    Attributes:
+        benchmark: its entry in the table.
+        items: those that can be asked, videos without a file included.
+        prompt: how the questions are put.
+        files: the question files, for the record.
+        digest: SHA-256 of these files: the version of the questions.
+        malformed: one line per record that cannot be used.
+        missing: names of videos that are not there.
+    """
+
+    benchmark: Benchmark
+    items: list[Item]
+    prompt: Prompt
+    files: list[Path]
+    digest: str
+    malformed: list[str]
+    missing: list[str]
+
+    def report(self, most: int = 20) -> list[str]:
+        """What was found and what is wrong, one line each; lists are cut after ``most`` lines."""
+        kinds = collections.Counter(item.kind for item in self.items)
+        lines = [
+            f"{self.benchmark.title}: {len(self.items)} questions about {len({i.video for i in self.items})} videos "
+            f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+        ]
+        if known := ", ".join(f"{count} in {version}" for version, count in self.benchmark.published.items()):
+            lines.append(f"published: {known}")
+        for title, problems in (
+            ("records that cannot be used", self.malformed),
+            ("videos that are missing", self.missing),
+        ):
+            if problems:
+                lines.append(f"{len(problems)} {title}:")
+                lines += [f"  {problem}" for problem in problems[:most]]
+                lines += [f"  and {len(problems) - most} more"] * (len(problems) > most)
+        return lines
+
+
+def load(name: str, folder: str | Path, *, prompt: str = "default", questions: str | Path | None = None) -> Loaded:
+    """Reads and checks a benchmark's published files.
+
+    Args:
+        name: of a benchmark in ``BENCHMARKS``.
+        folder: holds the question file(s) and, anywhere below it, the videos.
+        prompt: name of one of the benchmark's prompts, or a template of your own with ``{question}``.
+        questions: the question file, where it is not one of those that the benchmark looks for.
+
+    Raises:
+        DataError: no such folder or file, a file of another form, or not a single question that can be asked.
+        ValueError: an unknown benchmark or prompt.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {name!r}; the benchmarks are {', '.join(BENCHMARKS)}")
+    benchmark, folder = BENCHMARKS[name], Path(folder)
+    chosen = _prompt(benchmark, prompt)
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    records, files = read_records(folder, benchmark.files, Path(questions) if questions else None)
+    findings = Findings(folder)
+    items = benchmark.read(records, findings)
+    doubled = [identity for identity, count in collections.Counter(i.id for i in items).items() if count > 1]
+    findings.malformed += [f"the id {identity} is there more than once" for identity in doubled]
+    items = list({item.id: item for item in reversed(items)}.values())[::-1]
+    if not items:
+        wrong = findings.malformed[0] if findings.malformed else "they are empty"
+        raise DataError(f"no question in {', '.join(map(str, files))} can be asked: {wrong}")
+    items = [dataclasses.replace(item, prompt=ask(item, chosen.template)) for item in items]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return Loaded(benchmark, items, chosen, files, digest, findings.malformed, list(findings.missing))
+
+
+def select(
+    items: Sequence[Item],
+    *,
+    limit: int | None = None,
+    ids: Sequence[str] = (),
+    categories: Sequence[tuple[str, str]] = (),
+) -> list[Item]:
+    """The chosen items, in their order: those of ``ids``, of all ``categories`` (name, value), and ``limit`` of them.
+
+    A limit spreads evenly over the items, so that every category gets its share. Raises ValueError for an id or a
+    category that no item has.
+    """
+    chosen = list(items)
+    if unknown := [identity for identity in ids if identity not in {item.id for item in items}]:
+        raise ValueError(f"no item has the id {unknown[0]!r}")
+    if ids:
+        chosen = [item for item in chosen if item.id in set(ids)]
+    for name, value in categories:
+        known = sorted({item.categories.get(name, "") for item in items})
+        if value not in known or not value:
+            raise ValueError(
+                f"no item has {name}={value}; values of {name}: {', '.join(filter(None, known)) or 'none'}"
+            )
+        chosen = [item for item in chosen if item.categories.get(name) == value]
+    if limit is not None and limit < len(chosen):
+        chosen = [chosen[index * len(chosen) // limit] for index in range(limit)]
+    return chosen
+
+
+def _prompt(benchmark: Benchmark, prompt: str) -> Prompt:
+    if prompt in benchmark.prompts:
+        return benchmark.prompts[prompt]
+    if "{question}" not in prompt:
+        raise ValueError(
+            f"{benchmark.name} has no prompt {prompt!r}: the prompts are {', '.join(benchmark.prompts)}, "
+            "or a template with {question}, {options}, {inline_options} or {subtitles}"
+        )
+    try:
+        prompt.format(question="", options="", inline_options="", subtitles="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"the prompt template has a placeholder that is not known: {error}") from error
+    return Prompt(prompt, "given by the user")

@@ -1,0 +1,64 @@
+"""AVHBench (arXiv 2410.18325): does the model hear what it only sees, and see what it only hears?"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt
+from fmd_ext.lab.eval.items import Item
+
+CAPTIONING = "AV Captioning"
+TASKS = ("Video-driven Audio Hallucination", "Audio-driven Video Hallucination", "AV Matching", CAPTIONING)
+
+
+def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
+    """Records have no id: an item is the n-th of its task and video, in the order of the file."""
+    items: list[Item] = []
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()
+    for number, record in enumerate(records, 1):
+        values = findings.fields(record, ("video_id", "task", "text", "label"), f"record {number}")
+        if values is None:
+            continue
+        video, task, text, label = map(str, values)
+        if task not in TASKS:
+            findings.malformed.append(f"record {number} has the task {task!r}; known are {', '.join(TASKS)}")
+            continue
+        kind = "caption" if task == CAPTIONING else "yes-no"
+        answer = label.strip() if kind == "caption" else label.strip().lower().rstrip(".")
+        if kind == "yes-no" and answer not in ("yes", "no"):
+            findings.malformed.append(f"record {number} ({task}) has the label {label!r}, not Yes or No")
+            continue
+        seen[video, task] += 1
+        items.append(
+            Item(
+                id=f"{video}/{task}/{seen[video, task]}",
+                video=video,
+                path=findings.video(video),
+                question=text.strip(),
+                kind=kind,
+                answer=answer,
+                categories={"task": task},
+            )
+        )
+    return items
+
+
+AVHBENCH = Benchmark(
+    name="avhbench",
+    title="AVHBench",
+    source="https://github.com/kaist-ami/AVHBench (json/, video/)",
+    files=("QA.json", "qa.json", "json/QA.json", "json/qa.json", "avhbench.json", "AVH_test.json", "json/*.json"),
+    read=read,
+    prompts={
+        "default": Prompt(
+            "{question} Answer yes or no.",
+            "public inference code of AVCD (arXiv 2505.20862), by the laboratory of the FMD paper; AVHBench has none",
+        ),
+        "plain": PLAIN,
+    },
+    published={"all tasks": 6408, "the yes/no tasks": 5302},
+    tables=("task",),
+    group_averages=("task",),
+    notes="Real and swapped videos are separate clusters. Captions: METEOR and CIDEr; GAVIE needs a judge model.",
+)

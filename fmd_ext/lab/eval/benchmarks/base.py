@@ -1,0 +1,216 @@
+"""What the benchmarks share: finding the published files, checking them, and putting the question to the model."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmd_ext.lab.eval.items import Item
+
+MEDIA = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv"})
+
+
+class DataError(ValueError):
+    """A benchmark's files are not there or not as published; the message says what is wrong and what is expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """How a question is put. ``{question}``, ``{options}`` (one per line, "A. ..."), ``{inline_options}`` (the same in
+    one line) and ``{subtitles}`` are filled in. ``source`` says where the wording comes from."""
+
+    template: str
+    source: str
+
+
+PLAIN = Prompt("{question} {inline_options}", "ours: the question, then the choices, and nothing else")
+LETTER = Prompt(
+    "{question}\n{options}\nAnswer with the option's letter from the given choices directly.",
+    "LLaVA-1.5's wording for multiple choice, common in evaluations of video models",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A published set of questions.
+
+    Args:
+        name, title: for the command line and for people.
+        source: where the files come from.
+        files: where the questions may lie within the data folder, the first that is there is taken; a pattern stands
+            for all that match.
+        read: from the records of those files to items, reporting to a `Findings`.
+        prompts: by name, the first is the default. Captions are asked as published.
+        published: known numbers of items by version, to compare with what is found.
+        tables: categories by which results are shown.
+        group_averages: categories of which the mean over groups is reported, too.
+        max_new_tokens: by kind of item.
+        notes: what a reader of the results must know.
+    """
+
+    name: str
+    title: str
+    source: str
+    files: tuple[str, ...]
+    read: Callable[[list[dict[str, Any]], Findings], list[Item]]
+    prompts: Mapping[str, Prompt]
+    published: Mapping[str, int]
+    tables: tuple[str, ...]
+    group_averages: tuple[str, ...] = ()
+    max_new_tokens: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"yes-no": 16, "choice": 16, "word": 16, "caption": 128}
+    )
+    notes: str = ""
+
+
+class Findings:
+    """The data folder, and what is wrong with it: collected, so that all of it can be told at once.
+
+    Attributes:
+        malformed: one line per record that cannot be used.
+        missing: names of videos that are asked about and not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.malformed: list[str] = []
+        self.missing: dict[str, None] = {}
+        self._by_name: dict[str, list[Path]] = collections.defaultdict(list)
+        for path in _files_below(folder):
+            if path.suffix.lower() in MEDIA and path.is_file():
+                self._by_name[path.stem].append(path)
+
+    def video(self, name: str) -> Path | None:
+        """The media file of a video, by its name without suffix or its path below the data folder."""
+        stem = Path(name).stem if Path(name).suffix.lower() in MEDIA else Path(name).name
+        found = self._by_name.get(stem, [])
+        if "/" in name:
+            parts = (*Path(name.lstrip("/")).parts[:-1], stem)
+            found = [path for path in found if (*path.parts[:-1], path.stem)[-len(parts) :] == parts]
+        if len(found) > 1:
+            self.malformed.append(f"video {name} is there {len(found)} times: {found[0]}, {found[1]}")
+        if not found:
+            self.missing[name] = None
+            return None
+        return found[0]
+
+    def fields(self, record: Mapping[str, Any], names: Iterable[str], where: str) -> list[Any] | None:
+        """The named fields of a record; None, and a line in ``malformed``, where one is missing."""
+        lacking = [name for name in names if record.get(name) is None]
+        if lacking:
+            self.malformed.append(f"{where} lacks {', '.join(lacking)} (it has {', '.join(map(str, record))})")
+            return None
+        return [record[name] for name in names]
+
+    def subtitles(self, *places: str) -> str:
+        """The spoken text of an .srt file below the data folder, one line per subtitle; empty where there is none."""
+        for place in places:
+            path = self.folder / place
+            if path.is_file():
+                return _spoken(path.read_text(encoding="utf-8", errors="replace"))
+        return ""
+
+
+def _files_below(folder: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Files in the folder and below it, also behind links: videos often lie on another disk.
+
+    ``around``: the folders it lies in, so that a link to one of them is not followed forever.
+    """
+    own = folder.resolve()
+    if own in around:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path, (*around, own))
+        else:
+            yield path
+
+
+def read_records(
+    folder: Path, patterns: Iterable[str], given: Path | None = None
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The records of the first pattern that matches below ``folder``, or of the file ``given``; and the files read.
+
+    JSON lists, JSON lines and parquet are read. Raises DataError for files that are missing or of another form.
+    """
+    patterns = list(patterns)
+    paths = [given] if given else next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
+    if not paths or not all(path.is_file() for path in paths):
+        looked = given or f"{folder}: {', '.join(patterns)}"
+        raise DataError(f"no file with questions: looked for {looked}")
+    return [record for path in paths for record in _records_of(path)], paths
+
+
+def _records_of(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise DataError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
+        return parquet.read_table(path).to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        records = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is no JSON: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise DataError(f"{path} must hold a list of records, got {type(records).__name__}")
+    return records
+
+
+def options_of(value: Any) -> tuple[str, ...] | None:
+    """Choices without their letters ("A. a dog" is "a dog"); None for what is no list of two or more texts."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) < 2
+        or not all(isinstance(text, (str, int, float)) for text in value)
+    ):
+        return None
+    texts = [str(text).strip() for text in value]
+    marked = [text[:2] in (f"{letter}.", f"{letter})") for letter, text in zip("ABCDEFGHIJ", texts, strict=False)]
+    return tuple(text[2:].strip() for text in texts) if all(marked) else tuple(texts)
+
+
+def choice_of(choices: Any, answer: Any) -> tuple[tuple[str, ...], str] | None:
+    """Choices without their letters, and the letter of the right one; None where these do not fit."""
+    options, letter = options_of(choices), str(answer).strip().upper()
+    if options is None or letter not in [chr(ord("A") + i) for i in range(len(options))]:
+        return None
+    return options, letter
+
+
+def ask(item: Item, template: str) -> str:
+    """The prompt of an item. Raises KeyError for a placeholder that is none of `Prompt`'s."""
+    if item.kind == "caption":
+        return item.question
+    lettered = [f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(item.options)] if item.kind == "choice" else []
+    return template.format(
+        question=item.question,
+        options="\n".join(lettered),
+        inline_options=" ".join(lettered),
+        subtitles=item.subtitles or "No subtitles available.",
+    ).strip()
+
+
+def _spoken(text: str) -> str:
+    """Of an .srt file: without numbers, times and markup."""
+    lines = []
+    for block in text.replace("\r\n", "\n").split("\n\n"):
+        words = [line for line in block.strip().splitlines() if "-->" not in line and not line.strip().isdigit()]
+        words = ["".join(piece.split(">")[-1] for piece in line.split("<")) for line in words]
+        if spoken := " ".join(word.strip() for word in words if word.strip()):
+            lines.append(spoken)
+    return "\n".join(lines)

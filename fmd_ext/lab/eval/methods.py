@@ -1,0 +1,195 @@
+"""The decoding methods that an evaluation compares: one table, and how a command line writes an entry with settings.
+
+A method is a context manager around ``model.generate``: within it the same call decodes by that method. So every
+method gets the same prompts, the same generation arguments and the same cached decoding.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import fmd_ext
+from fmd_ext.config import FMDConfig
+from fmd_ext.lab import baselines
+
+Apply = Callable[..., contextlib.AbstractContextManager[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An entry of the table.
+
+    Args:
+        name: lower case, words joined by hyphens.
+        summary: one line for people who choose.
+        source: where the method comes from, and what differs here.
+        apply: ``apply(model, **settings)`` gives a context in which ``model.generate`` uses the method, for any batch,
+            greedy or sampling. The context's value holds all settings in force, as JSON would. It must leave the model
+            as it was, also after an error.
+        settings: the settings that ``apply`` takes, each with what it means.
+    """
+
+    name: str
+    summary: str
+    source: str
+    apply: Apply
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method with settings, as chosen for a run: ``fmd-zero:fork_layers=7:alpha=0.9``."""
+
+    method: Method
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The same text that `parse_methods` takes."""
+        return ":".join([self.method.name, *(f"{name}={_written(self.settings[name])}" for name in self.settings)])
+
+    def applied(self, model: Any) -> contextlib.AbstractContextManager[Mapping[str, Any]]:
+        """A context in which ``model.generate`` uses the method; its value holds all settings in force."""
+        return self.method.apply(model, **self.settings)
+
+    def with_defaults(self, settings: Mapping[str, Any]) -> Choice:
+        """The same with further settings, where the method takes them and they are not chosen already."""
+        taken = {k: v for k, v in settings.items() if k in self.method.settings and k not in self.settings}
+        return Choice(self.method, {**taken, **self.settings})
+
+
+def parse_methods(text: str) -> list[Choice]:
+    """Reads ``vanilla,fmd-zero:alpha=0.9,fmd-attention:fork_layers=2``: methods by commas, settings by colons.
+
+    A value is a Python literal, otherwise a word: ``alpha={"visual":0.9,"audio":0.5}``, ``alpha=auto``.
+    Raises ValueError naming an unknown method or setting, and what is known.
+    """
+    choices = [_parse(part) for part in re.split(r",(?=\s*[A-Za-z])(?![^{\[]*[}\]])", text)]
+    names = [choice.name for choice in choices]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"method {name} is named twice")
+    return choices
+
+
+def _parse(text: str) -> Choice:
+    name, *pairs = re.split(r":(?=\w+=)", text.strip())
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+    method, settings = METHODS[name], {}
+    for pair in pairs:
+        key, value = pair.split("=", 1)
+        if key not in method.settings:
+            known = ", ".join(method.settings) or "none"
+            raise ValueError(f"method {name} has no setting {key!r}; its settings are: {known}")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = value
+    return Choice(method, settings)
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value).replace(" ", "")
+
+
+@contextlib.contextmanager
+def _vanilla(model: Any) -> Iterator[Mapping[str, Any]]:
+    if fmd_ext.handle_of(model) is not None:
+        raise ValueError("the model is patched already; vanilla decoding needs it unpatched")
+    yield {}
+
+
+def _fork_merge(masking: str | None) -> Apply:
+    @contextlib.contextmanager
+    def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
+        config = FMDConfig(**({"masking": masking} if masking else {}), **settings)
+        with fmd_ext.patch(model, config) as handle:
+            yield dataclasses.asdict(handle.config)
+
+    return apply
+
+
+def _baseline(context: Callable[..., contextlib.AbstractContextManager[Any]]) -> Apply:
+    defaults = {p.name: p.default for p in list(inspect.signature(context).parameters.values())[1:]}
+
+    @contextlib.contextmanager
+    def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
+        with context(model, **settings):
+            yield {**defaults, **settings}
+
+    return apply
+
+
+_FMD_SETTINGS = {
+    "fork_layers": "decoder layers that run once per branch",
+    "masking": "zero or attention: how a branch loses the other modality",
+    "mask_scale": "factor on masked embeddings (zero masking)",
+    "alpha": "merge weight: a number, or one per modality",
+    "text_weight": "weight of the visual branch at text positions",
+}
+_FMD_SOURCE = "Jung et al., arXiv 2505.20873; docs/method.md says what is the paper's and what is ours"
+
+
+def _fmd_method(name: str, summary: str, masking: str | None, without: tuple[str, ...]) -> Method:
+    settings = {key: text for key, text in _FMD_SETTINGS.items() if key not in without}
+    return Method(name, summary, _FMD_SOURCE, _fork_merge(masking), settings)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("vanilla", "the model as it is, with its KV cache", "the model's own", _vanilla),
+        _fmd_method("fmd", "fork-merge decoding with the model's default settings", None, ()),
+        _fmd_method("fmd-zero", "fork-merge decoding, zero masking (the paper's)", "zero", ("masking",)),
+        _fmd_method(
+            "fmd-attention",
+            "fork-merge decoding, attention masking (ours)",
+            "attention",
+            ("masking", "mask_scale", "alpha"),
+        ),
+        Method(
+            "vcd",
+            "visual contrastive decoding: contrast with a noised video",
+            "Leng et al., arXiv 2311.16922; fmd_ext/lab/baselines/vcd.py says what differs",
+            _baseline(baselines.vcd),
+            {
+                "contrast": "its strength",
+                "beta": "plausibility of a token, relative to the likeliest",
+                "noise_step": "0 to 999: how far the features are diffused",
+                "modalities": 'which features: ("visual",), ("audio",) or ("visual", "audio")',
+                "seed": "of the noise",
+            },
+        ),
+        Method(
+            "avcd",
+            "audio-visual contrastive decoding: contrast with the less dominant modalities hidden",
+            "Jung et al., arXiv 2505.20862; fmd_ext/lab/baselines/avcd.py says what differs",
+            _baseline(baselines.avcd),
+            {
+                "contrast": "its strength",
+                "beta": "plausibility of a token, relative to the likeliest",
+                "min_entropy": "in nats: steps below it are decoded plainly",
+            },
+        ),
+        Method(
+            "pai",
+            "attention reweighting: attention to the clip raised, contrast with a run without it",
+            "Liu et al., arXiv 2407.21771; fmd_ext/lab/baselines/pai.py says what differs",
+            _baseline(baselines.pai),
+            {
+                "boost": "how much attention scores are raised, relative to themselves",
+                "gamma": "strength of the contrast; 1: none",
+                "beta": "plausibility of a token, relative to the likeliest",
+                "first_layer": "the layers before it are left alone",
+                "modalities": 'whose positions are raised: ("visual",), ("audio",) or both',
+            },
+        ),
+    )
+}

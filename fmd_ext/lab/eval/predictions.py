@@ -1,0 +1,229 @@
+"""Predictions on disk: one JSON object per line, appended and synced, so that a killed run loses at most one batch.
+
+A results folder holds ``run.json`` and ``methods.json`` (all that decides the predictions), ``items.json`` (the
+questions with their answers, so that scoring needs neither model nor data), and ``shares/`` with one file per process.
+A share is a file: whoever holds its lock works on it, and all files together are the predictions, whatever number of
+processes wrote them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmd_ext.lab.eval.items import Item
+
+Key = tuple[str, str, int]  # method, item, sample
+
+
+class ResultsError(ValueError):
+    """A results folder that cannot be used; the message says what is wrong with it and what to do."""
+
+
+class Locked(ResultsError):
+    """Another process is at work on the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a method said about an item.
+
+    Args:
+        method: name of the `methods.Choice`.
+        item: id of the item.
+        sample: number of the repetition under sampling; 0 with greedy decoding.
+        prompt: what the model was asked.
+        raw: what it said; None where there is an error.
+        parsed: the answer in it, None where it is not clearly an answer.
+        score: 1 right, 0 wrong or unparsed; None for a caption or an error.
+        tokens: that it generated, the end of the turn included.
+        first_token_s: seconds from the call to the first token, of the whole batch.
+        seconds: of the whole batch.
+        batch: items in the batch.
+        error: why there is no answer, such as a file that cannot be read.
+    """
+
+    method: str
+    item: str
+    sample: int
+    prompt: str
+    raw: str | None
+    parsed: str | None = None
+    score: float | None = None
+    tokens: int = 0
+    first_token_s: float = 0.0
+    seconds: float = 0.0
+    batch: int = 1
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return (self.method, self.item, self.sample)
+
+
+class Share:
+    """One file of predictions, held exclusively and only ever appended to. Use as a context manager.
+
+    With ``wait`` it waits for another process that holds it, otherwise that raises Locked.
+    """
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise Locked(f"another process is at work on {path}") from None
+        # A process that was killed while writing leaves half a line: it goes, and its items are done again.
+        content = path.read_bytes()
+        os.ftruncate(self._file, content.rfind(b"\n") + 1)
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Writes the predictions and returns when they are on the disk."""
+        lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in predictions]
+        data = "".join(lines).encode()
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)  # the lock goes with it
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Results:
+    """A results folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def share_path(self, index: int, count: int) -> Path:
+        return self.folder / "shares" / f"{index}-of-{count}.jsonl"
+
+    def begin(self, settings: Mapping[str, Any], items: Iterable[Item]) -> None:
+        """Records what decides the predictions, or checks that the folder's are of the same settings.
+
+        A folder without predictions, as a run leaves it that failed at its first question, is begun anew.
+        ``settings["about"]`` is recorded too but not compared: versions, the machine. Raises ResultsError naming what
+        differs.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings))  # as it will be read
+        path = self.folder / "run.json"
+        rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
+        questions = json.dumps(rows, ensure_ascii=False)
+        if not _create(path, json.dumps(settings, indent=2)):
+            before = self.settings()
+            names = sorted((before.keys() | settings.keys()) - {"about"})
+            differing = next((name for name in names if before.get(name) != settings.get(name)), None)
+            if differing is not None and self.predictions():
+                raise ResultsError(
+                    f"{self.folder} holds predictions with {differing}={before.get(differing)!r}, this run has "
+                    f"{settings.get(differing)!r}: choose another folder, or the same settings"
+                )
+            if differing is not None:
+                write_atomically(path, json.dumps(settings, indent=2))
+                write_atomically(self.folder / "items.json", questions)
+        _create(self.folder / "items.json", questions)
+
+    def begin_methods(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Records all settings in force of each method, defaults included, or checks that they are the recorded ones.
+
+        Raises ResultsError for a method whose settings were others, as after a change of defaults.
+        """
+        recorded = self.methods()
+        answered = {key[0] for key in self.predictions()}
+        for name, values in json.loads(json.dumps(settings)).items():
+            if name not in answered:
+                recorded[name] = values
+            elif recorded.setdefault(name, values) != values:
+                raise ResultsError(
+                    f"{self.folder} holds predictions of {name} with {recorded[name]}, now it means {values}: choose "
+                    "another folder, or name the settings"
+                )
+        write_atomically(self.folder / "methods.json", json.dumps(recorded, indent=2))
+
+    def settings(self) -> dict[str, Any]:
+        return self._json("run.json")
+
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Method to its settings in force; empty where none were recorded."""
+        return self._json("methods.json") if (self.folder / "methods.json").exists() else {}
+
+    def items(self) -> list[Item]:
+        """The benchmark's items as they were when the run began."""
+        rows = self._json("items.json")
+        return [
+            Item(**row | {"path": Path(row["path"]) if row["path"] else None, "options": tuple(row["options"])})
+            for row in rows
+        ]
+
+    def predictions(self) -> dict[Key, Prediction]:
+        """All predictions of all shares. Of an item that was done twice the first counts; an answer replaces an error.
+
+        Raises ResultsError for a line that is none, unless it is the last of its file and was cut off.
+        """
+        found: dict[Key, Prediction] = {}
+        for path in sorted((self.folder / "shares").glob("*.jsonl")):
+            lines = path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines[:-1], 1):  # what follows the last line end was cut off
+                try:
+                    prediction = Prediction(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise ResultsError(f"{path}, line {number} is no prediction: {error}") from error
+                known = found.get(prediction.key)
+                if known is None or known.error is not None:
+                    found[prediction.key] = prediction
+        return found
+
+    def refuse_others(self, count: int) -> None:
+        """Raises Locked when processes of a run with another number of shares than ``count`` are at work here."""
+        for path in (self.folder / "shares").glob("*.jsonl"):
+            if path.stem.endswith(f"-of-{count}"):
+                continue
+            with path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise Locked(f"processes of another run are at work on {path}; wait for them or end them") from None
+
+    def _json(self, name: str) -> Any:
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ResultsError(f"{self.folder} is no results folder: it has no {name}") from None
+        except json.JSONDecodeError as error:
+            raise ResultsError(f"{path} is damaged: {error}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Puts a file in its place whole, replacing what is there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _create(path: Path, text: str) -> bool:
+    """Puts a file in its place whole, unless there is one already; whether this was the one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink()
+    return True

@@ -1,0 +1,78 @@
+"""``python -m fmd_ext.lab.evidence``: chooses settings on validation clips, measures on test clips, writes the page.
+
+It needs the extras ``omni``, ``eval`` (scipy) and ``plots`` (matplotlib), and about half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from fmd_ext.config import FMDConfig
+from fmd_ext.lab import trained
+from fmd_ext.lab.bench.machine import describe
+from fmd_ext.lab.evidence.answers import YesNoQuestions
+from fmd_ext.lab.evidence.measure import (
+    attention_before_and_after,
+    choose,
+    measure,
+    measure_tasks,
+    measure_text_weights,
+)
+from fmd_ext.lab.evidence.page import write_page
+from fmd_ext.lab.synthetic import Scene, split_scenes
+from fmd_ext.lab.synthetic.dataset import BALANCED
+from fmd_ext.lab.training.pool import Pool, build_pool
+
+PROMPTS = 100  # for the attention shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fmd_ext.lab.evidence", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/evidence"), help="for the clips (%(default)s)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="page, data and plots (%(default)s)")
+    parser.add_argument("--val-clips", type=int, default=360, help="(%(default)s)")
+    parser.add_argument("--test-clips", type=int, default=1020, help="(%(default)s)")
+    parser.add_argument("--page-only", action="store_true", help="write page and plots anew from the recorded data")
+    args = parser.parse_args()
+    record = args.docs / "data" / "evidence.json"
+    if not args.page_only:
+        torch.set_num_threads(1)
+        found = collect(args.work, args.val_clips, args.test_clips)
+        record.write_text(json.dumps(found, indent=1))
+        best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
+        FMDConfig(**found["chosen"][best]["settings"]).to_file(trained.SETTINGS)
+    write_page(json.loads(record.read_text()), args.docs)
+
+
+def collect(work: Path, val_clips: int, test_clips: int) -> dict:
+    """Everything that the page shows."""
+    processor = transformers.AutoProcessor.from_pretrained(trained.MODEL)
+    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(trained.MODEL).eval()
+
+    def clips_of(split: str, clips: int) -> tuple[Pool, list[Scene]]:
+        scenes = split_scenes(split, clips, BALANCED)
+        return build_pool(work / split, processor, scenes), scenes
+
+    chosen = choose(YesNoQuestions(model, processor, *clips_of("val", val_clips)), model)
+    pool, scenes = clips_of("test", test_clips)
+    test = YesNoQuestions(model, processor, pool, scenes)
+    settings = [chosen[masking]["settings"] for masking in ("zero", "attention")]
+    return {
+        "chosen": chosen,
+        "test": measure(test, model, chosen),
+        "tasks": measure_tasks(model, processor, pool, scenes),
+        "text_weight": measure_text_weights(test, model),
+        "attention": attention_before_and_after(test, model, settings, PROMPTS),
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "parameters": model.num_parameters(),
+        **describe(torch.device("cpu")),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Finds and loads the op libraries, which register the `fmd_ext` operators with torch.
+
+`libfmd_ext_cpu.so` holds the schemas of all ops and their CPU kernels; `libfmd_ext_cuda.so`, where it was built, adds
+CUDA kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parents[1] / "lib"
+_ISA_VARIABLE = "FMD_EXT_CPU_ISA"
+_PREFILL_VARIABLE = "FMD_EXT_CUDA_PREFILL"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One op library: `device` it is for, its `path`, and whether it is `loaded`, with the `reason` where it is not."""
+
+    device: str
+    path: Path
+    loaded: bool
+    reason: str = ""
+
+
+_libraries: dict[str, Library] = {}
+_cpu: ctypes.CDLL | None = None
+_cuda: ctypes.CDLL | None = None
+
+
+def load() -> dict[str, Library]:
+    """Loads the op libraries once and returns what became of each, by device ("cpu", "cuda").
+
+    The environment variable `FMD_EXT_CPU_ISA` (auto, baseline, avx2, avx512) chooses the instruction set of the CPU
+    kernels, `FMD_EXT_CUDA_PREFILL` (auto, sm80, sm90) the CUDA kernel of `branched_prefill`.
+
+    Raises:
+        ImportError: the CPU library is missing or does not load, or the CUDA library is there and does not load.
+        ValueError: `FMD_EXT_CPU_ISA` is unknown or names an instruction set that this CPU lacks, or
+            `FMD_EXT_CUDA_PREFILL` is unknown.
+    """
+    global _cpu, _cuda
+    if _libraries:
+        return dict(_libraries)
+    found = {"cpu": _load("cpu")}
+    _cpu = _functions(found["cpu"].path, "fmd_ext_select_cpu_isa", "fmd_ext_cpu_isa", "fmd_ext_cpu_isas")
+    _select_from(_ISA_VARIABLE, select_cpu_isa)
+
+    cuda = _FOLDER / "libfmd_ext_cuda.so"
+    if not cuda.exists():
+        found["cuda"] = Library("cuda", cuda, False, "this installation was built without the CUDA op library")
+    elif torch.version.cuda is None:
+        found["cuda"] = Library("cuda", cuda, False, f"torch {torch.__version__} was built without CUDA")
+    else:
+        found["cuda"] = _load("cuda")
+        _cuda = _functions(cuda, "fmd_ext_select_cuda_prefill", "fmd_ext_cuda_prefill")
+        _select_from(_PREFILL_VARIABLE, select_cuda_prefill)
+    _libraries.update(found)
+    return dict(_libraries)
+
+
+def _load(device: str) -> Library:
+    path = _FOLDER / f"libfmd_ext_{device}.so"
+    if not path.exists():
+        raise ImportError(
+            f"the op library {path} does not exist: fmd_ext is not built here. Install it with `pip install .` in the "
+            "folder of its sources, or import it from where it is installed."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        raise ImportError(
+            f"the op library {path} does not load into torch {torch.__version__} (2.10 or newer is needed): {error}"
+        ) from error
+    return Library(device, path, True)
+
+
+def _functions(path: Path, select: str, *getters: str) -> ctypes.CDLL:
+    """The C functions of a loaded library: `select` takes a name and returns a reason or None, getters return text."""
+    library = ctypes.CDLL(str(path))
+    for name in (select, *getters):
+        getattr(library, name).restype = ctypes.c_char_p
+    getattr(library, select).argtypes = [ctypes.c_char_p]
+    return library
+
+
+def _select_from(variable: str, select: Callable[[str], None]) -> None:
+    try:
+        select(os.environ.get(variable) or "auto")
+    except ValueError as error:
+        raise ValueError(f"environment variable {variable}: {error}") from None
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: "baseline", "avx2" or "avx512"."""
+    load()
+    return _cpu.fmd_ext_cpu_isa().decode()
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that this build holds and this CPU runs, best last."""
+    load()
+    return _cpu.fmd_ext_cpu_isas().decode().split()
+
+
+def select_cpu_isa(name: str) -> None:
+    """Makes the CPU kernels of this process use instruction set `name`, one of `cpu_isas()`, or the best ("auto").
+
+    Raises:
+        ValueError: unknown, not in this build, or not supported by this CPU.
+    """
+    if _cpu is None:
+        load()
+    reason = _cpu.fmd_ext_select_cpu_isa(name.encode())
+    if reason is not None:
+        raise ValueError(reason.decode())
+
+
+def cuda_prefill() -> str | None:
+    """The CUDA kernel that `branched_prefill` uses, "sm80" or "sm90"; None without the CUDA library."""
+    load()
+    return None if _cuda is None else _cuda.fmd_ext_cuda_prefill().decode()
+
+
+def select_cuda_prefill(name: str) -> None:
+    """Makes `branched_prefill` of this process use a CUDA kernel: "sm80" (any device), "sm90" (compute capability 9.0;
+    elsewhere a prefill then raises RuntimeError) or "auto", which is sm80 until sm90 has passed its tests on a device.
+
+    Raises:
+        ValueError: unknown.
+        RuntimeError: the CUDA library is not loaded.
+    """
+    if _cuda is None:
+        raise RuntimeError(f"there is no CUDA kernel to choose: {load()['cuda'].reason}")
+    reason = _cuda.fmd_ext_select_cuda_prefill(name.encode())
+    if reason is not None:
+        raise ValueError(reason.decode())

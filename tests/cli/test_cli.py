@@ -1,0 +1,274 @@
+"""The command line, called in this process; one subprocess for the installed entry."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fmd_ext
+from fmd_ext import ops
+from fmd_ext.cli import main
+from fmd_ext.cli.errors import UserError
+from fmd_ext.inputs.chat import prepare_inputs
+from fmd_ext.inputs.media import load_clip
+from fmd_ext.lab.tiny import save_random_model, tiny_processor, write_clip
+from fmd_ext.lab.trained import bundled_scenes
+from fmd_ext.ops import library
+
+QUICK = ["--max-new-tokens", "6", "--max-frame-pixels", "3136"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """clip.mp4, silent.mp4 and blind.mp4; model: a saved thinker; full: a saved model with talker."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_clip(folder / "clip.mp4", seconds=1.0)
+    write_clip(folder / "silent.mp4", seconds=1.0, sound=False)
+    write_clip(folder / "blind.mp4", seconds=1.0, picture=False)
+    save_random_model(folder / "model", seed=1)
+    save_random_model(folder / "full", seed=1, speech=True)
+    return folder
+
+
+@pytest.fixture
+def fmd(capsys):
+    """Runs a command line; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # argparse's own way out
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_ask_answers_as_the_model_does(fmd, folder):
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder / "model")
+    inputs = prepare_inputs(tiny_processor(), load_clip(folder / "clip.mp4"), "What?", frame_pixels=(3136, 3136))
+    ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = tiny_processor().decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    vanilla = fmd("ask", folder / "clip.mp4", "What?", "--vanilla", "--model", folder / "model", *QUICK)
+    assert vanilla[:2] == (0, expected + "\n")
+    assert "weights are random" in vanilla[2]
+    # All layers forked or none: the model changes or does not.
+    unforked = fmd("ask", folder / "clip.mp4", "What?", "--fork-layers", "0", "--model", folder / "model", *QUICK)
+    assert unforked[:2] == vanilla[:2] and "nothing is forked" in unforked[2]
+    forked = fmd("ask", folder / "clip.mp4", "What?", "--fork-layers", "4", "--model", folder / "model", *QUICK)
+    assert forked[0] == 0 and forked[1] != vanilla[1]
+
+
+@pytest.mark.parametrize("layout", ["--separate", "--interleaved"])
+@pytest.mark.parametrize("masking", ["zero", "attention"])
+def test_ask_compares(fmd, folder, layout, masking):
+    random = ("--model", folder / "model")
+    code, out, _ = fmd("ask", folder / "clip.mp4", "What?", "--compare", layout, "--masking", masking, *random, *QUICK)
+    assert code == 0
+    assert "fork-merge decoding: 1 of 4 layers forked, masking " + masking in out
+    assert re.search(r"vanilla +┃ fork-merge decoding", out)
+    assert len(re.findall(r"\d+ ms", out)) == 2
+    assert ("alpha" in out) == (masking == "zero")  # it has no effect otherwise
+
+
+def test_the_full_model_is_loaded_as_its_thinker(fmd, folder):
+    code, out, err = fmd("ask", folder / "clip.mp4", "What?", "--model", folder / "full", "--dtype", "bfloat16", *QUICK)
+    assert code == 0 and out.strip()
+    assert err.splitlines()[-1] == "note: this model's weights are random: its words mean nothing"
+
+
+@pytest.mark.parametrize("name, missing", [("silent", "audio"), ("blind", "video")])
+def test_a_clip_that_lacks_a_part_is_answered_with_a_note(fmd, folder, name, missing):
+    clip = folder / f"{name}.mp4"
+    code, out, err = fmd("ask", clip, "What?", "--compare", "--interleaved", "--model", folder / "model", *QUICK)
+    assert code == 0
+    assert f"note: the clip has no {missing}, so nothing is forked" in err
+    cells = re.search(r"┩\n│ (.*?) *│ (.*?) *│", out)
+    assert cells[1] == cells[2] != ""
+
+
+ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("ask", "nothing.mp4", "What?"), "no such file: nothing.mp4"),
+        (("ask", ".", "What?"), ". is a folder, not a clip"),
+        (("ask", "model/config.json", "What?"), "model/config.json is no media file"),
+        (("ask", "clip.mp4", "  "), "the question is empty"),
+        ((*ASK, "--alpha", "1.5"), "alpha must be in [0, 1], got 1.5"),
+        ((*ASK, "--alpha", "nan"), "alpha must be in [0, 1], got nan"),
+        ((*ASK, "--alpha", "visual=0.5"), "alpha must have exactly the keys"),
+        ((*ASK, "--alpha", "much"), "argument --alpha: a number, visual=A,audio=B or auto, got 'much'"),
+        ((*ASK, "--fork-layers", "-1"), "fork_layers must be 0 or more, got -1"),
+        ((*ASK, "--fork-layers", "5"), "fork_layers=5 is out of range: the decoder has 4 layers"),
+        ((*ASK, "--masking", "attention", "--mask-scale", "0.5"), "mask_scale=0.5 has no meaning"),
+        ((*ASK, "--masking", "none"), "argument --masking: invalid choice: 'none'"),
+        ((*ASK, "--vanilla", "--compare"), "not allowed with argument --vanilla"),
+        ((*ASK, "--fps", "0"), "argument --fps: must be above 0, got 0"),
+        ((*ASK, "--fps", "two"), "argument --fps: must be a number, got 'two'"),
+        ((*ASK, "--text-weight", "half"), "argument --text-weight: must be a number, got 'half'"),
+        ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
+        ((*ASK, "--max-frames", "many"), "argument --max-frames: must be a whole number, got 'many'"),
+        ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
+        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N and spread"),
+        ((*ASK, "--model", "./nowhere"), "model ./nowhere: there is no such folder"),
+        ((*ASK, "--model", "./other"), "is of type 'llama'; supported types are qwen2_5_omni"),
+        ((*ASK, "--model", "./bare"), "processor of ./bare: "),
+        ((*ASK, "--model", "./weightless"), "weights of ./weightless: "),
+        ((*ASK, "--model", "./holed"), "the weights of ./holed lack 1 tensors, among them lm_head.weight"),
+        (("demo", "--seed", "-1"), "argument --seed: must be 0 to 999999, got -1"),
+        (("demo", "--question", ""), "the question is empty"),
+        (("sing",), "argument COMMAND: invalid choice: 'sing'"),
+        ((), "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(fmd, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    _write_broken_models(folder)
+    code, out, err = fmd(*arguments)
+    assert code == 2 and out == ""
+    # Besides the error there may be notes, and transformers' progress bar.
+    lines = [line for line in err.splitlines() if line and not line.startswith(("note: ", "Loading weights"))]
+    assert len(lines) == 1 and lines[0].startswith("fmd-ext") and ": error: " in lines[0]
+    assert message in lines[0]
+
+
+def _write_broken_models(folder: Path) -> None:
+    """Of another type; with a configuration only; without weights; with a tensor missing."""
+    if (folder / "other").exists():
+        return
+    for name in ("other", "bare", "weightless", "holed"):
+        (folder / name).mkdir()
+    (folder / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for name in ("bare", "weightless", "holed"):
+        (folder / name / "config.json").write_text((folder / "model" / "config.json").read_text())
+    for name in ("weightless", "holed"):
+        tiny_processor().save_pretrained(folder / name)
+    weights = load_file(folder / "model" / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("lm_head.weight"))]
+    save_file(weights, folder / "holed" / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_without_torchvision_ask_says_what_to_install(fmd, folder, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name))
+    code, out, err = fmd("ask", folder / "clip.mp4", "What?")
+    assert code == 2 and out == "" and "pip install 'fmd-ext[omni]'" in err
+
+
+def test_the_version(fmd):
+    assert fmd("--version")[:2] == (0, f"fmd_ext {fmd_ext.__version__}\n")
+
+
+def test_debug_shows_where_an_error_comes_from(folder):
+    with pytest.raises(UserError, match="no such file") as caught:
+        main(["ask", str(folder / "nothing.mp4"), "What?", "--debug"])
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+def test_a_cut_off_prompt_is_noted(fmd, tmp_path):
+    long = write_clip(tmp_path / "long.mp4", seconds=9.0, width=16, height=16, picture=False)
+    code, _, err = fmd("ask", long, "What?", "--vanilla", *QUICK)
+    assert code == 0 and "note: the model hears only the first 8 s of 9.0 s" in err
+
+
+def test_the_built_in_model_answers_about_a_bundled_clip(fmd):
+    """Both objects are seen and heard: nothing misleads the model."""
+    clip = next(path for path, scene in bundled_scenes().items() if scene.relation == "matched")
+    kind = bundled_scenes()[clip].heard[0]
+    for question, expected in (
+        (f"Is the {kind} visible in the video?", "yes"),
+        (f"Is the {kind} making sound in the audio?", "yes"),
+    ):
+        assert fmd("ask", clip, question, "--vanilla")[:2] == (0, f"{expected}\n")
+    code, out, _ = fmd("ask", clip, f"Is the {kind} visible in the video?", "--compare")
+    assert code == 0 and "of 6 layers forked" in out
+
+
+def test_the_demo_shows_answers_attention_and_timings(fmd):
+    code, out, _ = fmd("demo", "--seed", "4", "--max-new-tokens", "3", "--fork-layers", "2", "--masking", "attention")
+    assert code == 0
+    assert "built-in model, trained on synthetic clips" in out
+    assert "fork-merge decoding: 2 of 6 layers forked, masking attention" in out
+    assert re.search(r"bundled clip \d+\.mp4: shows .*, sounds like .* \(swapped\)", out)
+    assert "clip made on the spot (--seed 4): shows " in out
+    assert out.count("fork-merge") >= 4 and len(re.findall(r"│ Is the \w+", out)) >= 6
+    rows = {}
+    for line in out.splitlines():
+        found = re.match(r"│ +(\S.*?) +│ +(\S+) │ +([\d.]+)% │ +([\d.]+)% │ +([\d.]+)% │", line)
+        if found:
+            rows[found[1]] = (found[2], *map(float, found.groups()[2:]))
+    assert list(rows) == ["vanilla", "fork-merge decoding", "visual branch", "audio branch", "merged"]
+    assert [row[0] for row in rows.values()] == ["1-6", "1-6", "1-2", "1-2", "3-6"]
+    assert all(sum(row[1:]) == pytest.approx(100, abs=0.2) for row in rows.values())
+    assert rows["visual branch"][2] == 0 and rows["audio branch"][1] == 0 and min(rows["vanilla"][1:]) > 0
+    assert len(re.findall(r"│ +\d+ ms │ +[\d.]+ │ +3 │", out)) == 2
+
+
+def test_the_demo_takes_a_question(fmd):
+    code, out, _ = fmd("demo", "--seed", "4", "--question", "Describe what you see.", "--max-new-tokens", "2")
+    assert code == 0 and out.count("Describe what") == 2 and "Is the" not in out
+
+
+def test_doctor_reports_json(fmd):
+    code, out, err = fmd("doctor", "--json")
+    report = json.loads(out)
+    assert (code, err, report["problems"]) == (0, "", [])
+    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
+    assert report["cpu"]["threads"] == torch.get_num_threads()
+    libraries = {library["device"]: library for library in report["libraries"]}
+    assert libraries["cpu"]["loaded"] and Path(libraries["cpu"]["path"]).is_file()
+    on_cpu = {op["op"]: op for op in report["ops"] if op["device"] == "cpu"}
+    assert set(on_cpu) == set(ops.__all__)
+    assert library.cpu_isa() in on_cpu["branched_prefill"]["path"]
+    assert all(float(op["check"]) < 1e-5 and op["why"] for op in on_cpu.values())
+    for op in report["ops"]:
+        assert op["path"] is not None or op["why"]
+    on_gpu = torch.cuda.is_available() and libraries["cuda"]["loaded"]
+    assert report["decode_runner"]["on_by_default"] == on_gpu and "runner" in report["decode_runner"]["why"]
+
+
+def test_doctor_in_words(fmd):
+    code, out, _ = fmd("doctor")
+    assert code == 0 and out.splitlines()[-1] == "all is well: the extension can run"
+    for word in ("transformers", "libfmd_ext_cpu.so", "branched_decode (cpu)", "torch_target_version", "decode runner"):
+        assert word in out
+
+
+def test_doctor_fails_when_the_ops_do_not_load(fmd, monkeypatch):
+    def broken():
+        raise ImportError("the op library lib.so\ndoes not load")
+
+    monkeypatch.setattr(library, "load", broken)
+    code, out, _ = fmd("doctor")
+    assert code == 1 and "problem: the op library lib.so does not load" in out
+
+
+def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
+    from fmd_ext.cli import selftest
+
+    monkeypatch.setattr(selftest.ops, "merge_", lambda *arguments: None)
+    code, out, _ = fmd("doctor")
+    assert code == 1 and "problem: merge_ on cpu gives a wrong result" in out
+
+
+def test_the_entry_point_runs_in_a_process_of_its_own():
+    command = [sys.executable, "-m", "fmd_ext", "ask", "nothing.mp4", "What?"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "fmd-ext ask: error: no such file: nothing.mp4"
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,288 @@
+"""The ops on a real CUDA device: the cases of the CPU ops, streams, graphs, devices. Skipped where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_ops_branched_decode import SAMPLES
+from test_ops_branched_prefill import MIXED
+from test_ops_merge_norm import EPS, normed
+from test_ops_merge_norm import make as make_merge_norm
+from test_ops_rope_append import assert_rotated
+from test_ops_rope_append import make as make_rope_append
+
+from attention_cases import HEADS, Group, assert_as_exact, assert_attention, expected, make_case, shared_case
+from fmd_ext import ops
+from fmd_ext.ops import library
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the CUDA ops did not run on one"),
+]
+
+HALF_DTYPES = [torch.bfloat16, torch.float16]
+TENSORS = ("q", "k", "v", "qo_rows", "cu_seqlens_q", "segments")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library_is_loaded():
+    cuda = library.load()["cuda"]
+    assert cuda.loaded, f"there is a CUDA device, but no CUDA op library: {cuda.reason}"
+
+
+def to_device(case, device="cuda"):
+    """Strides are kept."""
+    moved = {}
+    for name in TENSORS:
+        tensor = getattr(case, name)
+        target = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        moved[name] = target.copy_(tensor)
+    return dataclasses.replace(case, **moved)
+
+
+def attend(case, decode, **options):
+    op, args = (ops.branched_decode, case.decode_args) if decode else (ops.branched_prefill, case.prefill_args)
+    return op(*args(**options))
+
+
+def on_host(result):
+    return tuple(tensor.cpu() for tensor in result)
+
+
+# Decode, and prefill with each of its kernels.
+both_ops = pytest.mark.parametrize(
+    "decode,prefill_kernel",
+    [(False, "sm80"), (False, "sm90"), (True, None)],
+    ids=["prefill", "prefill_sm90", "decode"],
+    indirect=["prefill_kernel"],
+)
+both_prefills = pytest.mark.parametrize("prefill_kernel", ["sm80", "sm90"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def prefill_kernel(request):
+    """Chooses the kernel of prefill, where a test asks for one; skips where the device cannot run it."""
+    name = getattr(request, "param", None)
+    if name is None:
+        yield
+        return
+    capability = torch.cuda.get_device_capability()
+    if name == "sm90" and capability != (9, 0):
+        pytest.skip(f"compute capability {capability[0]}.{capability[1]}: the prefill kernel sm90 did not run on one")
+    previous = library.cuda_prefill()
+    library.select_cuda_prefill(name)
+    yield
+    library.select_cuda_prefill(previous)
+
+
+@both_ops
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [*HEADS, (28, 4), (28, 1), (64, 1)])
+def test_attention(decode, dtype, head_dim, heads):
+    case, want, plain = shared_case(SAMPLES if decode else MIXED, heads, head_dim, dtype)
+    assert_attention(on_host(attend(to_device(case), decode)), want, plain)
+
+
+@both_ops
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
+def test_scale(decode, scale):
+    case = dataclasses.replace(make_case(SAMPLES if decode else MIXED, (6, 2), 64, torch.float16), scale=scale)
+    assert_attention(on_host(attend(to_device(case), decode)), expected(case), expected(case, torch.float16))
+
+
+@both_prefills
+def test_long_prefill():
+    """Branches of 3,000 queries over a prefix: several waves of blocks."""
+    case = make_case([Group(2500, 2600, 300), Group(3001, 3001, 300)], (14, 2), 128, torch.bfloat16)
+    assert_attention(on_host(attend(to_device(case), False)), expected(case), expected(case, torch.bfloat16))
+
+
+def test_long_decode():
+    groups = [Group(1, 9000, 700, sample=i // 2) for i in range(6)]
+    case = make_case(groups, (28, 4), 128, torch.bfloat16)
+    assert_attention(on_host(attend(to_device(case), True)), expected(case), expected(case, torch.bfloat16))
+
+
+@both_ops
+def test_without_lse_and_without_groups(decode):
+    case = to_device(make_case(SAMPLES if decode else MIXED, (6, 2), 64, torch.bfloat16))
+    out, lse = attend(case, decode, return_lse=False)
+    assert lse.shape == (0,) and torch.equal(out, attend(case, decode)[0])
+    out, lse = attend(to_device(make_case([], (6, 2), 64, torch.bfloat16)), decode)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@both_ops
+def test_same_bits_every_time(decode):
+    case = to_device(make_case(SAMPLES if decode else MIXED, (14, 2), 128, torch.bfloat16))
+    first = on_host(attend(case, decode))
+    for _ in range(20):
+        again = on_host(attend(case, decode))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@both_ops
+def test_another_stream(decode):
+    """What the op reads is written on the same stream just before, behind work that takes a while."""
+    case = to_device(make_case(SAMPLES if decode else MIXED, (14, 2), 64, torch.bfloat16))
+    want = on_host(attend(case, decode))
+    late = dataclasses.replace(case, q=torch.zeros_like(case.q))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.q.copy_(case.q)
+        result = attend(late, decode)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(on_host(result), want, strict=True))
+
+
+def test_graph_of_a_decode_step():
+    """append_, branched_decode and merge_ captured once; replayed with other lengths in the same tensors."""
+    case = to_device(make_case([Group(1, 64, 16), Group(1, 64, 16)], (14, 2), 64, torch.bfloat16, spare_rows=0))
+    case.k.nan_to_num_(0.0), case.v.nan_to_num_(0.0)
+    hidden = torch.randn(2, 14 * 64, device="cuda").bfloat16()
+    new_k, new_v = torch.randn(2, 2, 2, 64, device="cuda").bfloat16()
+    slots = case.segments[:, 0] + case.segments[:, 1] - 1
+    rows = torch.tensor([0, 1], device="cuda")
+    weights = torch.tensor([0.5], device="cuda")
+
+    def step(k, v, hidden, segments, slots):
+        ops.append_(k, v, new_k, new_v, slots)
+        out, _ = ops.branched_decode(case.q, k, v, case.qo_rows, segments, case.scale)
+        hidden += out.reshape(2, -1)
+        ops.merge_(hidden, rows[:1], rows[1:], weights)
+
+    def copies():
+        return case.k.clone(), case.v.clone(), hidden.clone()
+
+    static = copies()
+    segments, static_slots = case.segments.clone(), slots.clone()
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        step(*copies(), segments, static_slots)
+    warm.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*static, segments, static_slots)
+    for length in (1, 33, 64):
+        segments[:, 1] = length
+        static_slots.copy_(segments[:, 0] + length - 1)
+        for target, source in zip(static, (case.k, case.v, hidden), strict=True):
+            target.copy_(source)
+        graph.replay()
+        eager = copies()
+        step(*eager, segments, static_slots)
+        assert all(torch.equal(a, b) for a, b in zip(static, eager, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device: the device guard was not tested")
+@both_ops
+def test_a_device_that_is_not_current(decode):
+    case, want, plain = shared_case(SAMPLES if decode else MIXED, (7, 1), 64, torch.bfloat16)
+    with torch.cuda.device(0):
+        result = attend(to_device(case, "cuda:1"), decode)
+        assert torch.cuda.current_device() == 0
+    assert result[0].device == torch.device("cuda:1")
+    assert_attention(on_host(result), want, plain)
+
+
+@both_prefills
+def test_offsets_beyond_2_to_the_31():
+    """The second kv head lies 2^31 elements and more into the pool."""
+    num_slots, dim = 2**31 // 128 + 512, 128
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * num_slots * dim * 2:
+        pytest.skip("less than 40 GB of free device memory: large offsets were not tested")
+    small = make_case([Group(1, 300, 100), Group(1, 77, 100)], (8, 2), dim, torch.bfloat16)
+    case = to_device(small)
+    shift = num_slots - small.k.shape[1]
+    pools = []
+    for pool in (case.k, case.v):
+        large = torch.empty(2, num_slots, dim, dtype=torch.bfloat16, device="cuda")
+        large[:, shift:] = pool
+        pools.append(large)
+    segments = case.segments + shift * torch.tensor([1, 0, 1, 0], device="cuda")
+    moved = dataclasses.replace(case, k=pools[0], v=pools[1], segments=segments)
+    for decode in (False, True):
+        assert_attention(on_host(attend(moved, decode)), expected(small), expected(small, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("head_dim", [8, 40, 128])
+def test_append(dtype, head_dim):
+    pools = [torch.randn(4, 100, head_dim, device="cuda").to(dtype) for _ in range(2)]
+    slots = torch.randperm(100, device="cuda")[:63]
+    k = torch.randn(4, 63, head_dim, device="cuda").to(dtype).transpose(0, 1)
+    v = torch.randn(63, 4, head_dim + 3, device="cuda").to(dtype)[..., 3:]
+    want = [pool.clone() for pool in pools]
+    want[0][:, slots], want[1][:, slots] = k.transpose(0, 1), v.transpose(0, 1)
+    ops.append_(*pools, k, v, slots)
+    assert torch.equal(pools[0], want[0]) and torch.equal(pools[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("hidden_size", [63, 3584])
+def test_merge(dtype, hidden_size):
+    hidden = torch.randn(40, hidden_size, device="cuda").to(dtype)
+    home_rows, away_rows = torch.randperm(40, device="cuda")[:34].view(2, 17)
+    weights = torch.rand(17, device="cuda")
+    exact = hidden.double()
+    exact[home_rows] = weights[:, None] * exact[home_rows] + (1 - weights[:, None]) * exact[away_rows]
+    ops.merge_(hidden, home_rows, away_rows, weights)
+    assert_as_exact(hidden, exact.to(dtype), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("heads,head_dim", [((2, 1), 8), ((6, 2), 40), ((28, 4), 128)])
+def test_rope_append(dtype, heads, head_dim):
+    for angle_dtype in {dtype, torch.float32}:
+        case = make_rope_append(63, heads, head_dim, dtype, angle_dtype)
+        moved = {name: tensor.cuda() for name, tensor in case.items()}
+        ops.rope_append_(**moved)
+        assert_rotated(case, {name: tensor.cpu() for name, tensor in moved.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("hidden_size", [63, 3584])
+def test_merge_norm(dtype, hidden_size):
+    hidden, *arguments = make_merge_norm(40, 17, hidden_size, dtype)
+    on_device, norm_weight = hidden.cuda(), arguments[-1]
+    out = ops.merge_norm_(on_device, *(tensor.cuda() for tensor in arguments), EPS).cpu()
+    ops.merge_norm_(hidden, *arguments, EPS)
+    rows = on_device.cpu()[:40]
+    assert_as_exact(rows, None, hidden[:40].double(), dtype)
+    assert_as_exact(out, normed(rows, norm_weight), normed(rows.double(), norm_weight), dtype)
+
+
+@both_ops
+@pytest.mark.parametrize(
+    "dtype,head_dim,said",
+    [
+        (torch.float32, 64, "q has dtype Float, accepted on CUDA are BFloat16 and Half"),
+        (torch.bfloat16, 80, "q has head_dim 80, accepted on CUDA are 64 and 128"),
+    ],
+)
+def test_what_is_not_supported_is_refused(decode, dtype, head_dim, said):
+    case = to_device(make_case([Group(1, 1)], (2, 2), head_dim, dtype))
+    with pytest.raises(ValueError, match=said):
+        attend(case, decode)
+
+
+@both_ops
+def test_misaligned_pools_are_refused(decode):
+    case = to_device(make_case([Group(1, 1)], (2, 2), 64, torch.bfloat16))
+    wide = torch.zeros(2, case.k.shape[1], 67, dtype=torch.bfloat16, device="cuda")[..., :64]
+    with pytest.raises(ValueError, match=r"k has strides \[\d+, 67, 1\] .* accepted on CUDA are multiples of 8"):
+        attend(dataclasses.replace(case, k=wide), decode)
+
+
+@both_ops
+def test_mixed_devices_are_refused(decode):
+    case = to_device(make_case([Group(1, 1)], (2, 2), 64, torch.bfloat16))
+    with pytest.raises(ValueError, match="qo_rows is on cpu, accepted is cuda:0 as for q"):
+        attend(dataclasses.replace(case, qo_rows=case.qo_rows.cpu()), decode)

@@ -1,0 +1,59 @@
+"""One batch answered: decoding as asked for whatever the model's own settings are, and answers counted to their end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eval_model import readable
+from fmd_ext.lab.eval.generation import Decoding, answer
+from fmd_ext.lab.eval.methods import parse_methods
+from fmd_ext.lab.tiny import tiny_processor, tiny_thinker
+from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
+
+(VANILLA,) = parse_methods("vanilla")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return readable(tiny_thinker(seed=0))
+
+
+def said(model, decoding, samples=(VIDEO_AUDIO,), **options):
+    inputs = build_inputs(list(samples))
+    return answer(model, tiny_processor(), VANILLA, inputs, decoding, **{"max_new_tokens": 6, **options})
+
+
+def test_the_models_own_settings_for_sampling_have_no_effect(model, monkeypatch):
+    own = model.generation_config
+    plain, drawn = said(model, Decoding()).texts, said(model, Decoding(temperature=3.0)).texts
+    monkeypatch.setattr(own, "do_sample", True)
+    monkeypatch.setattr(own, "temperature", 9.0)
+    assert said(model, Decoding()).texts == plain
+    monkeypatch.setattr(own, "top_k", 1)
+    monkeypatch.setattr(own, "top_p", 0.1)
+    assert said(model, Decoding(temperature=3.0)).texts == drawn != plain
+
+
+def test_the_random_state_around_is_left_alone(model):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    said(model, Decoding(temperature=1.0))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_tokens_are_counted_up_to_the_end_of_each_answer(model, monkeypatch):
+    inputs = build_inputs([VIDEO_AUDIO, AUDIO_VIDEO])
+    free = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, -6:]
+    end = int(free[0, 2])  # the first answer's third token
+    assert end not in free[0, :2] and end not in free[1]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, 0])
+    both = [VIDEO_AUDIO, AUDIO_VIDEO]
+    assert said(model, Decoding(), both).tokens == [3, 6]
+    assert said(model, Decoding(), both[:1], exactly=True).tokens == [6]
+
+
+def test_the_first_token_is_timed_before_the_last(model):
+    times = said(model, Decoding())
+    assert 0 < times.first_token_s < times.seconds

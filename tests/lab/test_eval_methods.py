@@ -1,0 +1,84 @@
+"""The table of methods: how entries are written, that they act, and that they leave the model as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import fmd_ext
+from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
+from omni_inputs import VIDEO_AUDIO, build_inputs
+
+
+def test_parse_methods():
+    vanilla, zero, attention = parse_methods('vanilla,fmd-zero:alpha={"visual":0.9,"audio":1}, fmd-attention')
+    assert (vanilla.name, attention.name) == ("vanilla", "fmd-attention")
+    assert zero.settings == {"alpha": {"visual": 0.9, "audio": 1}}
+    assert parse_methods("fmd:masking=attention:fork_layers=2")[0].settings == {
+        "masking": "attention",
+        "fork_layers": 2,
+    }
+
+
+@pytest.mark.parametrize("text", ["vanilla", "fmd-zero:fork_layers=2:alpha=0.5", 'fmd:alpha={"visual":1,"audio":0}'])
+def test_a_name_reads_back_as_the_same_choice(text):
+    (choice,) = parse_methods(text)
+    assert parse_methods(choice.name) == [choice]
+
+
+def test_defaults_do_not_replace_what_is_chosen():
+    vanilla, fmd = parse_methods("vanilla,fmd:alpha=0.5")
+    more = {"alpha": 0.9, "fork_layers": 3}
+    assert vanilla.with_defaults(more).settings == {}
+    assert fmd.with_defaults(more).settings == {"alpha": 0.5, "fork_layers": 3}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("vanila", "unknown method 'vanila'; the methods are vanilla, fmd"),
+        ("fmd:depth=3", "method fmd has no setting 'depth'; its settings are: fork_layers"),
+        ("vanilla:alpha=1", "method vanilla has no setting 'alpha'; its settings are: none"),
+        ("vanilla,vanilla", "named twice"),
+        ("", "unknown method ''"),
+    ],
+)
+def test_wrong_choices_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_methods(text)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_no_trace(thinker, name):
+    """After the method, and after an error within it, the model generates what it generated before."""
+    inputs = build_inputs([VIDEO_AUDIO])
+    before = thinker.generate(**inputs, max_new_tokens=4, do_sample=False)
+    choice = Choice(METHODS[name], {})
+    with choice.applied(thinker) as settings:
+        assert thinker.generate(**inputs, max_new_tokens=4, do_sample=False).shape[0] == 1
+    assert isinstance(settings, dict)
+    with pytest.raises(RuntimeError, match="stop"), choice.applied(thinker):
+        raise RuntimeError("stop")
+    assert torch.equal(thinker.generate(**inputs, max_new_tokens=4, do_sample=False), before)
+    assert fmd_ext.handle_of(thinker) is None
+
+
+def test_settings_in_force_are_given(thinker):
+    (zero, attention) = parse_methods("fmd-zero:fork_layers=2,fmd-attention")
+    with zero.applied(thinker) as settings:
+        assert (settings["fork_layers"], settings["masking"], settings["alpha"]) == (2, "zero", 0.8)
+        assert fmd_ext.handle_of(thinker).config.fork_layers == 2
+    with attention.applied(thinker) as settings:
+        assert settings["masking"] == "attention"
+
+
+def test_every_setting_of_the_config_can_be_chosen():
+    assert set(METHODS["fmd"].settings) == {field.name for field in dataclasses.fields(fmd_ext.FMDConfig)}
+
+
+def test_vanilla_refuses_a_patched_model(thinker):
+    with fmd_ext.patch(thinker), pytest.raises(ValueError, match="patched already"):
+        with Choice(METHODS["vanilla"], {}).applied(thinker):
+            pass

@@ -1,0 +1,128 @@
+"""Folders in the published form of each benchmark, with a few questions and clips of a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fmd_ext.inputs.sample_clip import write_clip
+
+AVHBENCH = [
+    ("00001", "Video-driven Audio Hallucination", "Is the dog making sound in the audio?", "Yes"),
+    ("00001", "Video-driven Audio Hallucination", "Is the couch making sound in the audio?", "No"),
+    ("00001", "Audio-driven Video Hallucination", "Is the dog visible in the video?", "Yes"),
+    ("00001", "AV Matching", "Are the contexts of audio and visual content matching?", "Yes"),
+    ("00001_swap", "AV Matching", "Are the contexts of audio and visual content matching?", "No"),
+    ("00002", "Audio-driven Video Hallucination", "Is the car visible in the video?", "No"),
+    ("00002", "AV Captioning", "Describe what you see and hear in a single sentence.", "A dog barks."),
+]
+
+MUSIC_AVQA = [
+    ("00000093", '["Audio", "Counting"]', "How many musical instruments were heard throughout the video?", "[]", "one"),
+    (
+        "00000093",
+        '["Visual", "Location"]',
+        "What kind of instrument is the <LRer> instrument?",
+        '["leftest"]',
+        "acoustic_guitar",
+    ),
+    (
+        "00000094",
+        '["Audio-Visual", "Comparative"]',
+        "Is the <Object> louder than the <Object>?",
+        '["cello", "flute"]',
+        "yes",
+    ),
+    (
+        "00000094",
+        '["Audio-Visual", "Temporal"]',
+        "Which <Object> makes the sound <FL>?",
+        '["instrument", "first"]',
+        "Flute",
+    ),
+]
+
+AVQA = [
+    (11, "clip_a", "What makes the sound?", ["dog", "cat", "car", "horse"], 0, "Which"),
+    (12, "clip_a", "Where is it?", ["street", "house"], 1, "Where"),
+    (13, "clip_b", "What is happening?", None, 0, "Happening"),
+]
+
+VIDEO_MME = {
+    "video_id": "001",
+    "videoID": "fFjv93ACGo8",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "Humanity & History",
+    "task_type": "Counting Problem",
+    "question_id": "001-1",
+    "question": "How many balls are there?",
+    "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
+    "answer": "C",
+}
+
+WORLDSENSE = {
+    "index": 7,
+    "video_path": "./videos/abcd.mp4",
+    "subtitle_path": "./subtitles/abcd.srt",
+    "question": "What is said?",
+    "candidates": ["A. Hello", "B. Goodbye", "C. Nothing"],
+    "answer": "A",
+    "task_type": "Audio Recognition",
+    "task_domain": "Daily Life",
+    "duration": 61,
+    "audio_class": ["Speech", "Event"],
+}
+
+SUBTITLES = (
+    '1\n00:00:00,000 --> 00:00:01,000\n<font color="white">hello</font>\n\n2\n00:00:01,000 --> 00:00:02,000\nworld 2\n'
+)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    if name == "avhbench":
+        return [dict(zip(("video_id", "task", "text", "label"), row, strict=True)) for row in AVHBENCH]
+    if name == "music-avqa":
+        fields = ("video_id", "type", "question_content", "templ_values", "anser")
+        rows = [dict(zip(fields, row, strict=True)) for row in MUSIC_AVQA]
+        return [{"question_id": number, "question_deleted": 0, **row} for number, row in enumerate(rows)]
+    if name == "avqa":
+        fields = ("id", "video_name", "question_text", "multi_choice", "answer", "question_type")
+        return [{"video_id": 1, **dict(zip(fields, row, strict=True))} for row in AVQA]
+    return [dict(VIDEO_MME if name == "video-mme" else WORLDSENSE)]
+
+
+FILES = {
+    "avhbench": "json/qa.json",
+    "music-avqa": "json_update/avqa-test.json",
+    "avqa": "val_qa.json",
+    "video-mme": "videomme.json",
+    "worldsense": "test.json",
+}
+VIDEOS = {
+    "avhbench": ("video/00001.mp4", "video/00001_swap.mp4", "video/00002.mp4"),
+    "music-avqa": ("MUSIC-AVQA-videos-Real/00000093.mp4", "MUSIC-AVQA-videos-Real/00000094.mp4"),
+    "avqa": ("videos/clip_a.mp4", "videos/clip_b.mp4"),
+    "video-mme": ("data/fFjv93ACGo8.mp4",),
+    "worldsense": ("videos/abcd.mp4",),
+}
+
+
+def write_benchmark(folder: Path, name: str) -> Path:
+    """The benchmark's folder; Video-MME and WorldSense come with subtitles."""
+    write_json(folder / FILES[name], records(name))
+    for seed, video in enumerate(VIDEOS[name]):
+        (folder / video).parent.mkdir(parents=True, exist_ok=True)
+        write_clip(folder / video, seconds=1.0, width=64, height=56, seed=seed)
+    for place in ("subtitle/fFjv93ACGo8.srt", "subtitles/abcd.srt"):
+        if name in ("video-mme", "worldsense"):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_text(SUBTITLES)
+    return folder
