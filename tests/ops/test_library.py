@@ -9,7 +9,6 @@ import types
 import pytest
 import torch
 
-from fmd_ext import ops
 from fmd_ext.ops import library
 
 
