@@ -79,7 +79,7 @@ def _versions(report: dict[str, Any]) -> dict[str, str | None]:
         )
     if versions["av"] is None:
         report["warnings"].append("PyAV (package av) is not installed: clips cannot be read")
-    from fmd_ext.compat import mend_torchvision
+    from fmd_ext.torchvision_mend import mend_torchvision
 
     if mend_torchvision() == "declared":
         versions["torchvision"] = f"{versions['torchvision']} (its own ops do not load beside this torch; mended)"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from fmd_ext.compat import cache_kwargs
 from fmd_ext.engine.cache import BranchedState, Pools
 from fmd_ext.engine.plan import StepPlan
 from fmd_ext.engine.session import Session
@@ -191,7 +192,7 @@ class StaticStep:
         self.session.fixed_plan = self.plan
         try:
             call = {**self._tensors, **self._options, "input_ids": self.tokens, "position_ids": self.positions}
-            out = self.model(**call, past_key_values=cache, return_dict=True)
+            out = self.model(**call, **cache_kwargs(cache), return_dict=True)
         finally:
             self.session.fixed_plan = None
         logits = out.logits[:, -1]

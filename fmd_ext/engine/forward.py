@@ -6,7 +6,6 @@ modules call `branched_attention`; a pre-hook on every layer after the fork merg
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from fmd_ext import ops
 from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, Adapter
+from fmd_ext.compat import cache_argument, cache_kwargs, name_cache
 from fmd_ext.config import AUTO
 from fmd_ext.engine.cache import adopt, modality_bits
 from fmd_ext.engine.plan import StepPlan
@@ -159,6 +159,7 @@ class ForkedDecoder:
         self.original = original
         self.embed = embed  # see `Adapter.embed`
         self.signature = inspect.signature(original)
+        self.cache_name = cache_argument(self.signature)
 
     def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with self.session.turn:
@@ -171,7 +172,7 @@ class ForkedDecoder:
             use_cache = getattr(decoder.config, "use_cache", True)
         self._refuse(decoder, call)
         embeds, mask = call["inputs_embeds"], call.pop("attention_mask", None)
-        given = call.pop("past_key_values", None)
+        given = call.pop(self.cache_name, None)
         past = 0 if given is None else given.get_seq_length()
         labels, branches = call.pop("modality_labels", None), call.pop("branch_embeds", None)
         plan = self.session.fixed_plan
@@ -186,7 +187,7 @@ class ForkedDecoder:
             plan = state.make_plan(labels, announced)
         call["inputs_embeds"] = self._pack_embeds(embeds, branches, plan)
         call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
-        call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
+        call.update({self.cache_name: cache}, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
 
         state.plan = self.session.plan = plan
         try:
@@ -284,17 +285,17 @@ class ForkedDecoder:
 
     def _unpack(self, out: ModelOutput, plan: StepPlan, cache: Any) -> ModelOutput:
         """Back to [batch, length, hidden]; hidden states before the merge are those of the home rows."""
-        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), "past_key_values": cache}
+        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), **cache_kwargs(cache)}
         if out.get("hidden_states") is not None:
             values["hidden_states"] = tuple(unpack_rows(hidden, plan) for hidden in out.hidden_states)
         return type(out)(**values)
 
 
 def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, those of ``**kwargs`` among them."""
+    """All arguments of a call by name, those of ``**kwargs`` among them; the cache under the function's own name."""
     call = dict(kwargs)
     call.update(zip(signature.parameters, args, strict=False))
-    return call
+    return name_cache(call, cache_argument(signature))
 
 
 def check_length(decoder: nn.Module, length: int) -> None:
@@ -342,13 +343,6 @@ def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None
             "attention_mask hides or reveals positions that are cached already; what was cached cannot be changed"
         )
     labels[~keep[:, -length:]] = PADDING
-
-
-def branched_config(config: Any) -> Any:
-    """A copy of a decoder's config that selects `branched_attention`; the original, maybe shared, is left alone."""
-    branched = copy.copy(config)
-    branched._attn_implementation_internal = ATTENTION_NAME
-    return branched
 
 
 def _is_window(size: int | None, config: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmd_ext.compat import cache_argument
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
 from fmd_ext.engine.session import Session
@@ -29,9 +30,15 @@ class _Entry:
         self.branch_inputs = branch_inputs
         self.original = original
         self.signature = inspect.signature(original)
+        self.cache_name = cache_argument(self.signature)
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return arguments_by_name(self.signature, args, kwargs)
+
+    def cached(self, call: dict[str, Any]) -> int:
+        """The number of positions that the call's cache holds."""
+        cache = call.get(self.cache_name)
+        return 0 if cache is None else cache.get_seq_length()
 
     def labels(self, given: Any, from_ids: Any) -> contextlib.AbstractContextManager:
         """The context with the labels given by hand, else those in force, else those read off the token ids."""
@@ -56,7 +63,7 @@ class EntryForward(_Entry):
         call = self.arguments(args, kwargs)
 
         def from_ids() -> torch.Tensor | None:
-            ids, cache = call.get("input_ids"), call.get("past_key_values")
+            ids, cache = call.get("input_ids"), call.get(self.cache_name)
             if ids is None:
                 return None
             labels = self.read_labels(ids, call)
@@ -66,7 +73,7 @@ class EntryForward(_Entry):
             if self.branch_inputs and branch_embeds is None:
                 kwargs = getattr(module, self.branch_inputs)(self.session.config.mask_scale, **call)
                 args, branch_embeds = (), kwargs.pop("branch_embeds", None)
-            with self.session.branches(branch_embeds, _cached(call)):
+            with self.session.branches(branch_embeds, self.cached(call)):
                 return self.original(*args, **kwargs)
 
 
@@ -87,7 +94,7 @@ class EntryGenerate(_Entry):
             if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
                 return None
             labels = self.read_labels(ids, None)
-            cache = call.get("past_key_values")
+            cache = call.get(self.cache_name)
             mask = call.get("attention_mask")
             # As transformers decides it: ids shorter than the mask are the new ones only.
             only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
@@ -96,16 +103,10 @@ class EntryGenerate(_Entry):
         with (
             self.session.turn,
             self.labels(modality_labels, from_ids),
-            self.session.branches(branch_embeds, _cached(call)),
+            self.session.branches(branch_embeds, self.cached(call)),
             self.session.generating(call.get("attention_mask")),
         ):
             return self.runner.generate(module, self.original, call)
-
-
-def _cached(call: dict[str, Any]) -> int:
-    """The number of positions that the call's cache holds."""
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
 
 
 def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from fmd_ext.adapters import Adapter, find_adapter
+from fmd_ext.compat import with_attention
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.decode import DecodeRunner
-from fmd_ext.engine.forward import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
+from fmd_ext.engine.forward import ATTENTION_NAME, ForkedDecoder, MergeHook, refuse_unsupported
 from fmd_ext.engine.plan import StepPlan
 from fmd_ext.engine.session import Session
 from fmd_ext.patching.deepstack import PackedDeepstack
@@ -116,7 +117,7 @@ class Handle:
             self._override(decoder, self.adapter.deepstack, PackedDeepstack)
         attention = [getattr(layer, self.adapter.attention) for layer in decoder.layers]
         for module in (decoder, *attention):
-            self._set(module, "config", branched_config(module.config))
+            self._set(module, "config", with_attention(module.config, ATTENTION_NAME))
         reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
         self.why_not_fused = next(filter(None, reasons), "")
         for module, reason in zip(attention, reasons, strict=True):

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from fmd_ext.compat import cache_kwargs, cache_of, takes_cache
 from fmd_ext.models.beats import Beats
 
 from .configuration import VideoSalmonnConfig
@@ -88,12 +89,13 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         num_frames: torch.LongTensor | None = None,
@@ -110,7 +112,7 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [batch, length], with placeholders where a clip's tokens go.
-            attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in any Llama.
+            attention_mask, position_ids, cache, inputs_embeds, use_cache: as in any Llama.
             pixel_values: [batch, frames, 3, 224, 224]; num_frames [batch] says how many are real (0: no picture).
             qformer_input_ids, qformer_attention_mask: [batch, tokens], the question in BERT's vocabulary.
             input_features: [batch, 80, 3000], Whisper's log-mel window of 30 s.
@@ -134,14 +136,14 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_kwargs(cache),
             use_cache=use_cache,
             **kwargs,
         )
         hidden = out.last_hidden_state
         return CausalLMOutputWithPast(
             logits=self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden),
-            past_key_values=out.past_key_values,
+            **cache_kwargs(cache_of(out)),
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )

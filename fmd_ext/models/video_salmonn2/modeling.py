@@ -14,6 +14,7 @@ from transformers import GenerationMixin, Qwen2Model, Qwen2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from fmd_ext.compat import cache_kwargs, cache_of, takes_cache
 from fmd_ext.models.llava import VisionTower, mlp
 from fmd_ext.models.loading import CompleteCheckpoints
 from fmd_ext.models.video_salmonn2.configuration import VideoSalmonn2Config
@@ -82,12 +83,13 @@ class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrained
         self.final_linear = mlp(2, config.hidden_size, config.hidden_size) if config.use_final_linear else None
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
@@ -116,7 +118,7 @@ class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrained
         outputs = self.model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_kwargs(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -129,7 +131,7 @@ class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrained
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cache_kwargs(cache_of(outputs)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
