@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import AUDIO, JOINT, LABELS, PADDING, TEXT, VISUAL, Adapter, TokenSource
+from fmd_ext.labels import AUDIO, JOINT, LABELS, PADDING, TEXT, VISUAL
+
+from .base import Adapter, TokenSource
 from .phi4_multimodal import PHI4_MULTIMODAL
 from .qwen2_5_omni import QWEN2_5_OMNI
 from .qwen3_omni import QWEN3_OMNI

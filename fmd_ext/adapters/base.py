@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from fmd_ext.config import FMDConfig
-
-# Labels of positions, as the planner and every `modality_labels` argument use them. A joint position mixes visual and
-# audio features in one embedding (channel-wise fusion): it is in both branches, with an embedding for each.
-PADDING, TEXT, VISUAL, AUDIO, JOINT = -1, 0, 1, 2, 3
-LABELS = {"text": TEXT, "visual": VISUAL, "audio": AUDIO, "joint": JOINT}
+from fmd_ext.labels import LABELS
 
 
 @dataclasses.dataclass(frozen=True)

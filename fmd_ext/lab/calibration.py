@@ -58,7 +58,7 @@ def read_prompt(
     num_layers = len(adapter.find_decoder(model).layers)
     with fmd_ext.patch(model, fork_layers=num_layers, masking="zero", mask_scale=mask_scale, alpha=AUTO) as handle:
         adapter.find_entry(model)(**inputs, use_cache=False)
-        reading = handle.last_plan.reading
+        reading = handle.last_call.observer
     if reading is None:
         return None
     layers = torch.stack(reading.layers)

@@ -15,8 +15,9 @@ from fmd_ext.adapters import Adapter, find_adapter
 from fmd_ext.compat import with_attention
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.decode import DecodeRunner
-from fmd_ext.engine.forward import ATTENTION_NAME, ForkedDecoder, MergeHook, refuse_unsupported
-from fmd_ext.engine.plan import StepPlan
+from fmd_ext.engine.auto import OpenCall
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.forward import ATTENTION_NAME, SESSION, ForkedDecoder, MergeHook, refuse_unsupported
 from fmd_ext.engine.session import Session
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate, ReadLabels
@@ -45,7 +46,8 @@ class Handle:
         self.config = config
         self.entry = adapter.find_entry(model)
         self.decoder = adapter.find_decoder(model)
-        self.session = Session(config)
+        chooses = AUTO in (config.alpha, config.fork_layers)
+        self.session = Session(config, OpenCall(config, len(self.decoder.layers)) if chooses else None)
         self.runner = DecodeRunner(self.session, self.decoder, runner)
         self.why_not_fused = "the decoder runs as it is"
         self._restore: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, what was there, what is
@@ -78,9 +80,9 @@ class Handle:
             self.remove()
 
     @property
-    def last_plan(self) -> StepPlan | None:
-        """The `StepPlan` of the decoder's last forward call; None before the first, and with 0 fork layers."""
-        return self.session.last_plan
+    def last_call(self) -> Call | None:
+        """The decoder's last forward call that succeeded; None before the first, and with 0 fork layers."""
+        return self.session.last_call
 
     def labels(self, modality_labels: Any) -> contextlib.AbstractContextManager:
         """A context in which the calls' positions carry ``modality_labels`` [batch, length].
@@ -118,6 +120,8 @@ class Handle:
         attention = [getattr(layer, self.adapter.attention) for layer in decoder.layers]
         for module in (decoder, *attention):
             self._set(module, "config", with_attention(module.config, ATTENTION_NAME))
+        for module in attention:
+            self._set(module, SESSION, self.session)
         reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
         self.why_not_fused = next(filter(None, reasons), "")
         for module, reason in zip(attention, reasons, strict=True):

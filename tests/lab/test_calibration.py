@@ -36,11 +36,11 @@ def test_one_reading_tells_what_auto_chooses_at_every_depth(model, monkeypatch, 
     for depth in (1, 3, 6):
         with fmd_ext.patch(model, fork_layers=depth, alpha="auto", mask_scale=0.2) as handle:
             model(**inputs)
-            chosen = handle.last_plan.home_weights[0, 1:3].tolist()
+            chosen = handle.last_call.home_weights[0, 1:3].tolist()
         assert list(reading.alpha(depth).values()) == pytest.approx(chosen, abs=1e-5)
     with fmd_ext.patch(model, fork_layers="auto", mask_scale=0.2) as handle:
         model(**inputs)
-        assert handle.last_plan.fork_layers == reading.depth
+        assert handle.last_call.fork_layers == reading.depth
 
 
 def test_a_prompt_that_does_not_fork_gives_no_reading(model):

@@ -201,8 +201,8 @@ def test_only_samples_with_both_modalities_fork(model):
     vanilla = model(**batch).logits
     handle = fmd_ext.patch(model, fork_layers=2)
     patched = model(**batch).logits
-    assert handle.last_plan.forked.tolist() == [True, False, False, True, False]
-    for index, forked in enumerate(handle.last_plan.forked):
+    assert handle.last_call.plan.forked.tolist() == [True, False, False, True, False]
+    for index, forked in enumerate(handle.last_call.plan.forked):
         keep = batch["attention_mask"][index].bool()
         difference = (patched[index, keep] - vanilla[index, keep]).abs().max()
         assert difference > 1e-2 if forked else difference < 1e-4

@@ -76,7 +76,7 @@ def test_logits_equal_the_reference(model, batch, settings):
     logits = model(**inputs).logits
     torch.testing.assert_close(logits[keep], expected[keep], atol=1e-4, rtol=0)
     forked = {"one": [True], "padded": [True, True], "mixed": [False, True, False, False]}[batch]
-    assert handle.last_plan.forked.tolist() == forked and not handle.why_not_fused
+    assert handle.last_call.plan.forked.tolist() == forked and not handle.why_not_fused
     for row, (is_forked, mask) in enumerate(zip(forked, keep, strict=True)):
         difference = (logits[row] - vanilla[row])[mask].abs().max()
         assert difference > 0.02 if is_forked else difference < 1e-4

@@ -140,7 +140,7 @@ def _chosen_alpha(model: nn.Module, config: FMDConfig, embeds: Tensor, labels: T
     patched = sharing_weights(model)
     handle = fmd_ext.patch(patched, config)
     patched(inputs_embeds=embeds[:, :-1], modality_labels=labels[:, :-1])
-    return dict(zip(MODALITIES, handle.last_plan.home_weights[0, VISUAL : AUDIO + 1].tolist(), strict=True))
+    return dict(zip(MODALITIES, handle.last_call.home_weights[0, VISUAL : AUDIO + 1].tolist(), strict=True))
 
 
 def _reference(exact: Tensor, plain: Tensor | None) -> Reference:
