@@ -15,6 +15,7 @@ from fmd_ext import _core, ops
 from fmd_ext.adapters import AUDIO, JOINT, VISUAL
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.engine.auto import Reading, default_depth, largest_depth
+from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import AttentionStep, PackedArrays, StepPlan
 from fmd_ext.engine.segments import SegmentTable
 
@@ -57,6 +58,7 @@ class BranchedLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*shape, value_states.shape[3]))
         self.is_initialized = True
 
+    @python_only
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Appends [1, num_kv_heads, rows, head_dim]; returns the pools.
 

@@ -6,7 +6,6 @@ modules call `branched_attention`; a pre-hook on every layer after the fork merg
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from typing import Any
@@ -15,26 +14,20 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_outputs import ModelOutput
 
 from fmd_ext import ops
-from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, Adapter
+from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL
 from fmd_ext.config import AUTO
 from fmd_ext.engine.cache import adopt, modality_bits
+from fmd_ext.engine.compiling import python_only
+from fmd_ext.engine.outputs import unpack_outputs
 from fmd_ext.engine.plan import StepPlan
 from fmd_ext.engine.session import UNREAD_BRANCHES, Session, check_labels
 
 ATTENTION_NAME = "fmd_ext"
 
-# Settings of a decoder's config that change what its layers see beyond rows and their keys.
-UNSUPPORTED = {
-    "attn_logit_softcapping": "caps its attention logits",
-    "hidden_size_per_layer_input": "feeds every layer an input of its own",
-    "num_kv_shared_layers": "lets later layers reuse the keys of earlier ones",
-    "use_bidirectional_attention": "lets positions attend to later ones",
-}
 
-
+@python_only
 def branched_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -62,7 +55,7 @@ def branched_attention(
             "cannot run in it"
         )
     extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    extras += ["sliding_window"] * _is_window(kwargs.get("sliding_window"), module.config)
+    extras += ["sliding_window"] * is_window(kwargs.get("sliding_window"), module.config)
     if extras:
         raise TypeError(
             f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
@@ -196,7 +189,7 @@ class ForkedDecoder:
         if plan is not self.session.fixed_plan:
             state.commit()
         self.session.last_plan = plan
-        out = self._unpack(out, plan, cache if use_cache else None)
+        out = unpack_outputs(out, plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
@@ -282,13 +275,6 @@ class ForkedDecoder:
             flat = flat.index_select(-1, plan.tensors.get("positions", flat.device))
         return flat.unsqueeze(-2)
 
-    def _unpack(self, out: ModelOutput, plan: StepPlan, cache: Any) -> ModelOutput:
-        """Back to [batch, length, hidden]; hidden states before the merge are those of the home rows."""
-        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), "past_key_values": cache}
-        if out.get("hidden_states") is not None:
-            values["hidden_states"] = tuple(unpack_rows(hidden, plan) for hidden in out.hidden_states)
-        return type(out)(**values)
-
 
 def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, those of ``**kwargs`` among them."""
@@ -312,18 +298,6 @@ def refuse_gradients(module: nn.Module, embeds: torch.Tensor | None = None) -> N
         )
 
 
-def unpack_rows(rows: torch.Tensor | None, plan: StepPlan) -> torch.Tensor | None:
-    """Home rows of [1, rows, hidden] as [batch, length, hidden]; padding is zero."""
-    if rows is None:
-        return None
-    home = rows[0, : plan.num_home]
-    if plan.is_dense:
-        return home.view(plan.batch, plan.length, -1)
-    padded = home.new_zeros((plan.batch * plan.length, home.shape[-1]))
-    padded[plan.tensors.get("positions", home.device)[: plan.num_home]] = home
-    return padded.view(plan.batch, plan.length, -1)
-
-
 def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None:
     """Marks positions that the 2D attention mask [batch, past + length] (or [batch, length]) leaves out."""
     if mask is None:
@@ -344,43 +318,6 @@ def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None
     labels[~keep[:, -length:]] = PADDING
 
 
-def branched_config(config: Any) -> Any:
-    """A copy of a decoder's config that selects `branched_attention`; the original, maybe shared, is left alone."""
-    branched = copy.copy(config)
-    branched._attn_implementation_internal = ATTENTION_NAME
-    return branched
-
-
-def _is_window(size: int | None, config: Any) -> bool:
+def is_window(size: int | None, config: Any) -> bool:
     """Whether a sliding window hides anything within the model's context."""
     return bool(size) and size < (getattr(config, "max_position_embeddings", None) or math.inf)
-
-
-def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
-    """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
-    layer_types = getattr(decoder.config, "layer_types", None) or []
-    other = sorted(set(layer_types) - {"full_attention"})
-    if other:
-        kinds = ", ".join(other)
-        raise TypeError(f"{type(decoder).__name__} has layers of type {kinds}; only full attention is supported")
-    window = getattr(decoder.config, "sliding_window", None)
-    if not layer_types and _is_window(window, decoder.config):
-        raise TypeError(
-            f"{type(decoder).__name__} attends to a sliding window of {window}; only full attention is supported"
-        )
-    for name, what in UNSUPPORTED.items():
-        if getattr(decoder.config, name, None):
-            raise TypeError(f"{type(decoder).__name__} {what} ({name}), which is not supported")
-    takes_features = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
-    if takes_features and not hasattr(decoder, adapter.deepstack):
-        raise TypeError(
-            f"{type(decoder).__name__} adds visual features to early hidden states, but not in a method "
-            f"{adapter.deepstack!r}: name the method in the adapter's deepstack"
-        )
-    for index, layer in enumerate(decoder.layers):
-        module = getattr(layer, adapter.attention, None)
-        if module is None or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
-            raise TypeError(
-                f"layer {index} of {type(decoder).__name__} has no attention module {adapter.attention!r} with config "
-                "and layer_idx, as transformers' decoders have"
-            )

@@ -65,22 +65,32 @@ class Session:
         self._prompt_width: int | None = None
         self._merge_weights: dict[tuple, torch.Tensor] = {}
         self._labels: np.ndarray | None = None
+        self._are_by_hand = False
         self._branches: tuple[torch.Tensor, int] | None = None
 
     @property
     def has_labels(self) -> bool:
         return self._labels is not None
 
+    @property
+    def labels_by_hand(self) -> np.ndarray | None:
+        """The labels in force, where the user gave them."""
+        return self._labels if self._are_by_hand else None
+
     @contextlib.contextmanager
-    def labels(self, modality_labels: Any) -> Iterator[None]:
-        """Within this context the calls' positions carry ``modality_labels``; see `Handle.labels`."""
+    def labels(self, modality_labels: Any, by_hand: bool = True) -> Iterator[None]:
+        """Within this context the calls' positions carry ``modality_labels``; see `Handle.labels`.
+
+        ``by_hand``: the user gave them; else they were read off a call.
+        """
         labels = check_labels(modality_labels)
         with self.turn:
-            before, self._labels = self._labels, labels
+            before = self._labels, self._are_by_hand
+            self._labels, self._are_by_hand = labels, by_hand
             try:
                 yield
             finally:
-                self._labels = before
+                self._labels, self._are_by_hand = before
 
     def labels_for(self, batch: int) -> np.ndarray | None:
         """The labels in force for a call of ``batch`` samples, repeated as `generate` repeats samples."""

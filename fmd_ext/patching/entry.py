@@ -1,10 +1,9 @@
-"""Replacements of the methods that take token ids: they read the positions' modality labels off the ids."""
+"""Replacements of the methods that take token ids or embeddings: they read the positions' modality labels off them."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +12,22 @@ from torch import nn
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
 from fmd_ext.engine.session import Session
-
-# (token ids [batch, length], arguments of the call or None) -> labels [batch, length], None where there are none
-ReadLabels = Callable[[torch.Tensor, dict[str, Any] | None], torch.Tensor | None]
+from fmd_ext.patching.labelling import (
+    LabelReader,
+    cached,
+    covering,
+    only_new,
+    prompt_ids,
+    prompt_length,
+    virtual_tokens,
+)
 
 
 class _Entry:
     """Replacement of ``forward`` or ``generate`` of the module that takes token ids."""
 
     def __init__(
-        self, session: Session, original: Any, read_labels: ReadLabels | None, branch_inputs: str = ""
+        self, session: Session, original: Any, read_labels: LabelReader | None, branch_inputs: str = ""
     ) -> None:
         self.session = session
         self.read_labels = read_labels
@@ -33,11 +38,12 @@ class _Entry:
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return arguments_by_name(self.signature, args, kwargs)
 
-    def labels(self, given: Any, from_ids: Any) -> contextlib.AbstractContextManager:
-        """The context with the labels given by hand, else those in force, else those read off the token ids."""
-        if given is None and self.read_labels is not None and not self.session.has_labels:
-            given = from_ids()
-        return contextlib.nullcontext() if given is None else self.session.labels(given)
+    def labels(self, given: Any, read: Any) -> contextlib.AbstractContextManager:
+        """The context with the labels given by hand, else those in force, else what ``read`` reads off the call."""
+        by_hand = given is not None
+        if not by_hand and self.read_labels is not None and not self.session.has_labels:
+            given = read()
+        return contextlib.nullcontext() if given is None else self.session.labels(given, by_hand)
 
 
 class EntryForward(_Entry):
@@ -54,26 +60,49 @@ class EntryForward(_Entry):
             return self.original(*args, **kwargs)
         refuse_gradients(module)
         call = self.arguments(args, kwargs)
-
-        def from_ids() -> torch.Tensor | None:
-            ids, cache = call.get("input_ids"), call.get("past_key_values")
-            if ids is None:
-                return None
-            labels = self.read_labels(ids, call)
-            return labels if labels is None or cache is None else _shifted(labels, cache.get_seq_length())
-
-        with torch.no_grad(), self.labels(modality_labels, from_ids):
+        with torch.no_grad(), self._labelled(call, modality_labels):
             if self.branch_inputs and branch_embeds is None:
                 kwargs = getattr(module, self.branch_inputs)(self.session.config.mask_scale, **call)
                 args, branch_embeds = (), kwargs.pop("branch_embeds", None)
-            with self.session.branches(branch_embeds, _cached(call)):
+            with self.session.branches(branch_embeds, cached(call)):
                 return self.original(*args, **kwargs)
+
+    def _labelled(self, call: dict[str, Any], given: Any) -> contextlib.AbstractContextManager:
+        ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
+        length = past + (embeds if ids is None else ids).shape[1] if ids is not None or embeds is not None else 0
+        if given is not None:
+            return self.session.labels(covering(given, length))
+        if ids is None and embeds is not None and self.read_labels is not None:
+            return self._labelled_by_embeds(embeds, call, past, length)
+
+        def from_ids() -> torch.Tensor | None:
+            if ids is None:
+                return None
+            labels = self.read_labels.of_ids(ids, call)
+            return labels if labels is None else _shifted(labels, past)
+
+        return self.labels(None, from_ids)
+
+    def _labelled_by_embeds(
+        self, embeds: torch.Tensor, call: dict[str, Any], past: int, length: int
+    ) -> contextlib.AbstractContextManager:
+        """Labels by hand; else those read off the embeddings, which hold what others have put before the ids of a
+        ``generate`` call, such as PEFT's virtual tokens."""
+        by_hand = self.session.labels_by_hand
+        if by_hand is not None:
+            if past < by_hand.shape[1]:
+                covering(by_hand, length)
+            return contextlib.nullcontext()
+        labels = self.read_labels.of_embeds(embeds, call)
+        return (
+            contextlib.nullcontext() if labels is None else self.session.labels(_shifted(labels, past), by_hand=False)
+        )
 
 
 class EntryGenerate(_Entry):
     """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
 
-    def __init__(self, session: Session, original: Any, read_labels: ReadLabels | None, runner: DecodeRunner) -> None:
+    def __init__(self, session: Session, original: Any, read_labels: LabelReader | None, runner: DecodeRunner) -> None:
         super().__init__(session, original, read_labels)
         self.runner = runner
 
@@ -83,29 +112,26 @@ class EntryGenerate(_Entry):
         call = self.arguments(args, kwargs)
 
         def from_ids() -> torch.Tensor | None:
-            ids = next((v for v in (call.get("input_ids"), call.get("inputs")) if v is not None), None)
-            if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            ids, past = prompt_ids(call), cached(call)
+            if ids is None:
                 return None
-            labels = self.read_labels(ids, None)
-            cache = call.get("past_key_values")
-            mask = call.get("attention_mask")
-            # As transformers decides it: ids shorter than the mask are the new ones only.
-            only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
-            return _shifted(labels, cache.get_seq_length()) if only_new else labels
+            labels = self.read_labels.of_ids(ids, None)
+            return _shifted(labels, past) if only_new(ids, call.get("attention_mask"), past) else labels
 
         with (
             self.session.turn,
-            self.labels(modality_labels, from_ids),
-            self.session.branches(branch_embeds, _cached(call)),
+            self.labels(self._by_hand(module, call, modality_labels), from_ids),
+            self.session.branches(branch_embeds, cached(call)),
             self.session.generating(call.get("attention_mask")),
         ):
             return self.runner.generate(module, self.original, call)
 
-
-def _cached(call: dict[str, Any]) -> int:
-    """The number of positions that the call's cache holds."""
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
+    def _by_hand(self, module: nn.Module, call: dict[str, Any], given: Any) -> Any:
+        """Labels by hand for the sequence as the model will see it: PEFT may put virtual tokens before the prompt."""
+        virtual, length = virtual_tokens(module), prompt_length(call)
+        if given is None and virtual:
+            given = self.session.labels_by_hand
+        return given if given is None or length is None else covering(given, length + virtual, virtual)
 
 
 def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import Rotation
 from fmd_ext.engine.session import Session
 
@@ -30,6 +31,7 @@ class FusedRotation:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_forward": None}  # a copy defers to its own session
 
+    @python_only  # Dynamo would look for what belongs to a code object in the globals of another function of that code
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._forward is None:
             own = type(module).forward
