@@ -29,6 +29,10 @@ class BranchedConfig:
     def _attn_implementation_internal(self, name: str | None) -> None:
         self.__dict__[_ATTENTION] = name
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """Pickled, it is the original."""
+        return original_config, (self._fmd_original,)
+
     def __copy__(self) -> Any:
         return branched_config(copy.copy(self._fmd_original))
 

@@ -16,6 +16,7 @@ from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
     covering,
+    covering_prompt,
     only_new,
     prompt_ids,
     prompt_length,
@@ -131,7 +132,7 @@ class EntryGenerate(_Entry):
         virtual, length = virtual_tokens(module), prompt_length(call)
         if given is None and virtual:
             given = self.session.labels_by_hand
-        return given if given is None or length is None else covering(given, length + virtual, virtual)
+        return given if given is None or length is None else covering_prompt(given, length, virtual)
 
 
 def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:

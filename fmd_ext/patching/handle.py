@@ -18,9 +18,10 @@ from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate
 from fmd_ext.patching.fusions.norms import FusedNorm, is_plain
 from fmd_ext.patching.fusions.rotary import FusedRotation, why_not_fused
-from fmd_ext.patching.installation import Installation
+from fmd_ext.patching.installation import Installation, no_context
 from fmd_ext.patching.labelling import LabelReader, cached
-from fmd_ext.patching.refusals import RowCounters, attention_modules, refuse_unsupported
+from fmd_ext.patching.refusals import attention_modules, refuse_unsupported
+from fmd_ext.patching.row_counters import RowCounters
 
 _ATTRIBUTE = "_fmd_handle"
 
@@ -45,7 +46,7 @@ class Handle:
         self.runner = DecodeRunner(self.session, self.decoder, runner)
         self.why_not_fused = "the decoder runs as it is"
         self.installation = Installation(self.session)
-        self.row_counters = RowCounters(self.decoder)
+        self.row_counters = RowCounters(self.session, self.decoder)
         self._claims = 0  # calls of `patch` that have returned this handle, less the blocks that have ended
 
     def __repr__(self) -> str:
@@ -104,11 +105,10 @@ class Handle:
                 if self.config.fork_layers or self.runner.wanted:
                     self._install_decoder()
                 if self.entry is not self.decoder:
-                    put.override(
-                        self.entry, "forward", EntryForward, labels, self.adapter.branch_inputs, check=put.check
-                    )
+                    more = labels, self.adapter.branch_inputs
+                    put.override(self.entry, "forward", EntryForward, *more, context=no_context)
                 if hasattr(self.entry, "generate"):
-                    put.override(self.entry, "generate", EntryGenerate, labels, self.runner, check=put.check)
+                    put.override(self.entry, "generate", EntryGenerate, labels, self.runner, context=no_context)
                 for module in {id(m): m for m in (self.model, self.entry, self.decoder)}.values():
                     put.refuse_replicas(module)
                 for module in {id(m): m for m in (self.model, self.entry)}.values():
@@ -120,7 +120,7 @@ class Handle:
     def _install_decoder(self) -> None:
         decoder, put = self.decoder, self.installation
         refuse_unsupported(decoder, self.adapter)
-        put.override(decoder, "forward", ForkedDecoder, self.adapter.embed, check=self._check_decoder_call)
+        put.override(decoder, "forward", ForkedDecoder, self.adapter.embed, context=self._decoder_call)
         if hasattr(decoder, self.adapter.deepstack):
             put.override(decoder, self.adapter.deepstack, PackedDeepstack)
         attention = [module for layer in decoder.layers for module in attention_modules(layer, self.adapter)]
@@ -137,19 +137,14 @@ class Handle:
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             put.pre_hook(module, MergeHook(self.session, index))
 
-    def _check_decoder_call(self, call: dict[str, Any]) -> None:
-        self.installation.check(call)
+    def _decoder_call(self, call: dict[str, Any]) -> contextlib.AbstractContextManager:
         is_prompt = not cached(call)
-        self.row_counters.refuse(is_prompt)
-        if is_prompt:
-            self._refuse_other_attention()
-
-    def _refuse_other_attention(self) -> None:
-        if name := self._other_attention():
+        if is_prompt and (name := self._other_attention()):
             raise RuntimeError(
                 f"the attention module of {name} was put in after fmd_ext.patch, which it does not run by: unpatch the "
                 "model and patch it again"
             )
+        return self.row_counters.served(is_prompt)
 
     def _other_attention(self) -> str:
         """The first layer with an attention module that the patch does not know; "" without any."""

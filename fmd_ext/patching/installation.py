@@ -8,6 +8,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,12 @@ OVERRIDES = "_fmd_overrides"  # attribute of a module: its replacements by the n
 # accelerate: a module with a hook has a forward that calls this attribute, which takes its place when the hook goes.
 UNDER_HOOK = "_old_forward"
 HOOK = "_hf_hook"
+
+Context = Callable[[dict[str, Any]], AbstractContextManager]
+
+
+def no_context(call: dict[str, Any]) -> AbstractContextManager:
+    return nullcontext()
 
 
 class Absent:
@@ -93,12 +100,12 @@ class PythonHook:
 
 
 class Guarded:
-    """A replacement of a method that users call: in turn, uncompiled, and after a check of the call's arguments."""
+    """A replacement of a method that users call: in turn, uncompiled, and within ``context(arguments by name)``."""
 
-    def __init__(self, installation: Installation, replacement: Any, check: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, installation: Installation, replacement: Any, context: Context) -> None:
         self.installation = installation
         self.replacement = replacement
-        self.check = check
+        self.context = context
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.installation.tell_of_compiling(module)
@@ -109,8 +116,9 @@ class Guarded:
             if self.installation.is_removed:  # while this thread waited for its turn
                 _refuse_ours(module, kwargs)
                 return self.replacement.original(*args, **kwargs)
-            self.check(kwargs)
-            return self.replacement(module, *args, **kwargs)
+            self.installation.refuse_replaced()
+            with self.context(kwargs):
+                return self.replacement(module, *args, **kwargs)
 
 
 class Installation:
@@ -143,11 +151,11 @@ class Installation:
         method: str,
         factory: Any,
         *more: Any,
-        check: Callable[[dict[str, Any]], None] | None = None,
+        context: Context | None = None,
     ) -> None:
         """Puts a method of the same signature on the instance, never on the class.
 
-        ``check``: for methods that users call, see `Guarded`.
+        ``context``: for methods that users call, see `Guarded`.
         """
         held = module.__dict__
         name = UNDER_HOOK if method == "forward" and HOOK in held and UNDER_HOOK in held else method
@@ -155,7 +163,7 @@ class Installation:
         if OVERRIDES not in held:
             self.set(module, OVERRIDES, {})
         replacement = factory(self.session, original, *more)
-        held[OVERRIDES][method] = replacement if check is None else Guarded(self, replacement, check)
+        held[OVERRIDES][method] = replacement if context is None else Guarded(self, replacement, context)
         ours = types.MethodType(_calling_override(method, original), module)
         self._change(Change(module, name, held.get(name, Absent), ours, method, original))
 
@@ -178,7 +186,7 @@ class Installation:
         """The methods that users call which do not come to their replacement any more."""
         return [str(change) for change in self._guarded() if not change.still_runs]
 
-    def check(self, call: dict[str, Any]) -> None:
+    def refuse_replaced(self) -> None:
         """Raises RuntimeError where something else has replaced one of the two forwards that fork a call."""
         for index, change in enumerate(self._guarded()):
             held = change.module.__dict__
@@ -294,6 +302,6 @@ def _refuse_ours(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def _refuse_replicas() -> Any:
     raise TypeError(
-        "nn.DataParallel cannot replicate a patched model: run one process per device, each with a patched model of its "
-        "own, or unpatch it first"
+        "nn.DataParallel cannot replicate a patched model: run one process per device, each with a patched model, "
+        "or unpatch it first"
     )

@@ -69,19 +69,33 @@ def cached(call: dict[str, Any]) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def covering(labels: Any, length: int, virtual: int = 0) -> np.ndarray:
-    """Labels given by hand for a sequence of ``length`` positions, ``virtual`` of them put before the prompt's.
+def covering(labels: Any, length: int) -> np.ndarray:
+    """Labels given by hand for a sequence of ``length`` positions, or for one that goes on in later calls.
 
-    Labels of the prompt alone get text in front. Raises ValueError for labels that end before the sequence does:
-    nothing tells which positions the missing ones belong to.
+    Raises ValueError for labels that end before the sequence does: nothing tells which positions they leave out.
     """
     labels = check_labels(labels)
-    if virtual and labels.shape[1] == length - virtual:
-        return np.pad(labels, ((0, 0), (virtual, 0)), constant_values=TEXT)
     if labels.shape[1] < length:
         raise ValueError(
             f"modality_labels are for {labels.shape[1]} positions, the sequence has {length}: label every one, 0 where "
             "it is text, as virtual tokens before the prompt are"
+        )
+    return labels
+
+
+def covering_prompt(labels: Any, length: int, virtual: int) -> np.ndarray:
+    """Labels given by hand for a prompt of ``length`` positions, and ``virtual`` ones put before it, which are text.
+
+    Raises ValueError for labels of another length.
+    """
+    labels = check_labels(labels)
+    if labels.shape[1] == length:
+        return np.pad(labels, ((0, 0), (virtual, 0)), constant_values=TEXT)
+    if labels.shape[1] != length + virtual:
+        more = f" (and {virtual} virtual tokens before them)" if virtual else ""
+        raise ValueError(
+            f"modality_labels are for {labels.shape[1]} positions, the prompt has {length}{more}: label every one, 0 "
+            "where it is text"
         )
     return labels
 

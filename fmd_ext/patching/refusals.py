@@ -1,10 +1,9 @@
-"""What is refused by name: decoders at `patch`, and at a call what other libraries do to the layers' rows."""
+"""Decoders that `patch` refuses by name, for what their layers do."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
 
 from torch import nn
 
@@ -17,14 +16,6 @@ UNSUPPORTED = {
     "hidden_size_per_layer_input": "feeds every layer an input of its own",
     "num_kv_shared_layers": "lets later layers reuse the keys of earlier ones",
     "use_bidirectional_attention": "lets positions attend to later ones",
-}
-# What PEFT 0.21 hands to the adapters of a layer for one call, by a forward pre-hook, where they count samples or
-# positions themselves.
-COUNTS_ROWS = {
-    "adapter_names": "one adapter per sample",
-    "alora_offsets": "an aLoRA adapter, which counts positions from the end of a sample",
-    "scalings": "X-LoRA, which weighs its adapters by sample and position",
-    "task_ids": "Poly, which mixes its adapters by sample",
 }
 
 
@@ -92,33 +83,3 @@ def _source(kind: type) -> str:
         return "" if module is None else inspect.getsource(module)
     except (OSError, TypeError):
         return ""
-
-
-class RowCounters:
-    """Finds what counts the rows of a call itself; the modules that may are looked up once per prompt."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self.decoder = decoder
-        self._adapters: list[nn.Module] | None = None
-
-    def refuse(self, is_prompt: bool) -> None:
-        """Raises ValueError where such an adapter takes part in the call."""
-        if is_prompt or self._adapters is None:
-            own = (module for part in (*self.decoder.layers, self.decoder.norm) for module in part.modules())
-            self._adapters = [module for module in own if type(module).__module__.startswith("peft.")]
-        for module in self._adapters:
-            for hook in module._forward_pre_hooks.values():
-                name = next((name for name in _bound(hook) if name in COUNTS_ROWS), None)
-                if name is not None:
-                    raise ValueError(
-                        f"this call brings {name} ({COUNTS_ROWS[name]}) to the decoder's layers, where a patched model "
-                        "has the rows of all samples in one sequence; accepted are adapters that treat all rows alike "
-                        "(LoRA, IA3, OFT, …), or unpatch the model for such calls"
-                    )
-
-
-def _bound(hook: Any) -> tuple[str, ...]:
-    """Names of the values that a hook of PEFT has been made with."""
-    if isinstance(hook, functools.partial):
-        return tuple(hook.keywords)
-    return getattr(getattr(hook, "__code__", None), "co_freevars", ())
