@@ -6,7 +6,6 @@ today. transformers is imported only where a fact needs it.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import importlib.metadata
@@ -128,13 +127,6 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # --- attention ---
-
-
-def with_attention(config: Any, name: str) -> Any:
-    """A copy of a decoder's config that selects the attention function ``name``; the original may be shared."""
-    changed = copy.copy(config)
-    changed._attn_implementation_internal = name
-    return changed
 
 
 def attention_function(module: Any) -> Callable[..., Any]:

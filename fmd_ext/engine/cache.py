@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from fmd_ext import _core, ops
 from fmd_ext.config import AUTO
 from fmd_ext.engine.call import Call
+from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
 from fmd_ext.engine.prompt import Prompt, modality_bits
 from fmd_ext.engine.segments import SegmentTable
@@ -54,6 +55,7 @@ class BranchedLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*shape, value_states.shape[3]))
         self.is_initialized = True
 
+    @python_only
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Appends [1, num_kv_heads, rows, head_dim]; returns the pools.
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_outputs import ModelOutput
 
 from fmd_ext import ops
-from fmd_ext.adapters import Adapter
-from fmd_ext.compat import cache_argument, cache_kwargs, name_cache
+from fmd_ext.compat import cache_argument, name_cache
 from fmd_ext.engine.cache import BranchedState, adopt
 from fmd_ext.engine.call import Call
+from fmd_ext.engine.compiling import python_only
+from fmd_ext.engine.outputs import unpack_outputs
 from fmd_ext.engine.plan import Plan
 from fmd_ext.engine.prompt import UNREAD_BRANCHES, Prompt, check_labels, modality_bits
 from fmd_ext.engine.session import Session
@@ -29,15 +29,8 @@ from fmd_ext.labels import JOINT, PADDING, TEXT
 ATTENTION_NAME = "fmd_ext"
 SESSION = "_fmd_session"  # attribute of the attention modules, through which they reach the running call
 
-# Settings of a decoder's config that change what its layers see beyond rows and their keys.
-UNSUPPORTED = {
-    "attn_logit_softcapping": "caps its attention logits",
-    "hidden_size_per_layer_input": "feeds every layer an input of its own",
-    "num_kv_shared_layers": "lets later layers reuse the keys of earlier ones",
-    "use_bidirectional_attention": "lets positions attend to later ones",
-}
 
-
+@python_only
 def branched_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -65,7 +58,7 @@ def branched_attention(
             f"{type(module).__name__} was called outside of its decoder's forward, which alone knows the rows of a call"
         )
     extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    extras += ["sliding_window"] * _is_window(kwargs.get("sliding_window"), module.config)
+    extras += ["sliding_window"] * is_window(kwargs.get("sliding_window"), module.config)
     if extras:
         raise TypeError(
             f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
@@ -191,7 +184,7 @@ class ForkedDecoder:
         if not is_prepared:
             state.commit(call)
         self.session.last_call = call
-        out = self._unpack(out, call.plan, cache if use_cache else None)
+        out = unpack_outputs(out, call.plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
@@ -280,13 +273,6 @@ class ForkedDecoder:
             flat = flat.index_select(-1, plan.tensors.get("positions", flat.device))
         return flat.unsqueeze(-2)
 
-    def _unpack(self, out: ModelOutput, plan: Plan, cache: Any) -> ModelOutput:
-        """Back to [batch, length, hidden]; hidden states before the merge are those of the home rows."""
-        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), **cache_kwargs(cache)}
-        if out.get("hidden_states") is not None:
-            values["hidden_states"] = tuple(unpack_rows(hidden, plan) for hidden in out.hidden_states)
-        return type(out)(**values)
-
 
 def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, those of ``**kwargs`` among them; the cache under the function's own name."""
@@ -308,18 +294,6 @@ def refuse_gradients(module: nn.Module, embeds: torch.Tensor | None = None) -> N
             "fork-merge decoding is inference-only: call model.eval() and use torch.no_grad(), or unpatch the model "
             "to train it"
         )
-
-
-def unpack_rows(rows: torch.Tensor | None, plan: Plan) -> torch.Tensor | None:
-    """Home rows of [1, rows, hidden] as [batch, length, hidden]; padding is zero."""
-    if rows is None:
-        return None
-    home = rows[0, : plan.num_home]
-    if plan.is_dense:
-        return home.view(plan.batch, plan.length, -1)
-    padded = home.new_zeros((plan.batch * plan.length, home.shape[-1]))
-    padded[plan.tensors.get("positions", home.device)[: plan.num_home]] = home
-    return padded.view(plan.batch, plan.length, -1)
 
 
 def _refuse_packed(position_ids: torch.Tensor | None) -> None:
@@ -369,36 +343,6 @@ def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None
     labels[~keep[:, -length:]] = PADDING
 
 
-def _is_window(size: int | None, config: Any) -> bool:
+def is_window(size: int | None, config: Any) -> bool:
     """Whether a sliding window hides anything within the model's context."""
     return bool(size) and size < (getattr(config, "max_position_embeddings", None) or math.inf)
-
-
-def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
-    """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
-    layer_types = getattr(decoder.config, "layer_types", None) or []
-    other = sorted(set(layer_types) - {"full_attention"})
-    if other:
-        kinds = ", ".join(other)
-        raise TypeError(f"{type(decoder).__name__} has layers of type {kinds}; only full attention is supported")
-    window = getattr(decoder.config, "sliding_window", None)
-    if not layer_types and _is_window(window, decoder.config):
-        raise TypeError(
-            f"{type(decoder).__name__} attends to a sliding window of {window}; only full attention is supported"
-        )
-    for name, what in UNSUPPORTED.items():
-        if getattr(decoder.config, name, None):
-            raise TypeError(f"{type(decoder).__name__} {what} ({name}), which is not supported")
-    takes_features = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
-    if takes_features and not hasattr(decoder, adapter.deepstack):
-        raise TypeError(
-            f"{type(decoder).__name__} adds visual features to early hidden states, but not in a method "
-            f"{adapter.deepstack!r}: name the method in the adapter's deepstack"
-        )
-    for index, layer in enumerate(decoder.layers):
-        module = getattr(layer, adapter.attention, None)
-        if module is None or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
-            raise TypeError(
-                f"layer {index} of {type(decoder).__name__} has no attention module {adapter.attention!r} with config "
-                "and layer_idx, as transformers' decoders have"
-            )

@@ -25,6 +25,7 @@ class Prompt:
             ``first`` on. None: to any call.
         first: cached positions before ``source`` and ``branch_embeds``.
         branch_embeds: [2, batch, n, hidden], embeddings of joint positions in the visual and in the audio branch.
+        virtual: positions that others (PEFT's prompt learning) put before ``source``; ``labels`` count them.
         is_read: the labels were read off token ids; otherwise they were given by hand.
         mask_width: columns of the prompt's attention mask, where its last column is known to hold no padding.
 
@@ -39,6 +40,7 @@ class Prompt:
         branch_embeds: torch.Tensor | None = None,
         mask_width: int | None = None,
         is_read: bool = False,
+        virtual: int = 0,
     ) -> None:
         if branch_embeds is not None and (labels is None or not (labels == JOINT).any()):
             raise ValueError(UNREAD_BRANCHES)
@@ -48,11 +50,13 @@ class Prompt:
         self.branch_embeds = branch_embeds
         self.mask_width = mask_width
         self.is_read = is_read
+        self.virtual = virtual
+        self._has_begun = False
         self._origin: Prompt = self
 
     def with_branches(self, branch_embeds: torch.Tensor, first: int) -> Prompt:
         """The same prompt with embeddings of its joint positions from position ``first`` on."""
-        prompt = Prompt(self.labels, self.source, first, branch_embeds, self.mask_width, self.is_read)
+        prompt = Prompt(self.labels, self.source, first, branch_embeds, self.mask_width, self.is_read, self.virtual)
         prompt._origin = self._origin
         return prompt
 
@@ -87,13 +91,27 @@ class Prompt:
         here = self.branch_embeds[:, :, past - self.first : past - self.first + length]
         return here if here.shape[1] == batch else here.repeat_interleave(batch // here.shape[1], dim=1)
 
+    def begin(self) -> Prompt:
+        """Itself, as a prompt whose first call has come."""
+        self._origin._has_begun = True
+        return self
+
+    @property
+    def waits_for_its_labels(self) -> bool:
+        """Whether labels were given by hand for it and no call has begun it yet."""
+        return self.has_content and not self.is_read and not self._origin._has_begun
+
     def starts(self, given: torch.Tensor | None) -> bool:
         """Whether a call with token ids or embeddings ``given``, on an empty cache, begins this prompt.
 
         Samples may be repeated, and the call may hold less than the prompt (a chunk) or more (candidates).
         """
         source = self.source
-        if given is None or source is None or given.dim() != source.dim() or given.shape[0] % source.shape[0]:
+        if given is None or source is None or given.shape[0] % source.shape[0]:
+            return False
+        if self.virtual and given.dim() == 3:  # ids have become embeddings behind those of the virtual positions
+            return not self.is_read and given.shape[1] == self.virtual + source.shape[1]
+        if given.dim() != source.dim():
             return False
         common = min(given.shape[1], source.shape[1])
         repeats = given.shape[0] // source.shape[0]

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from fmd_ext.compat import attention_function, with_attention
+from fmd_ext.compat import attention_function
+from fmd_ext.patching.branched_config import branched_config
 
 INTERCEPTED_NAME = "fmd_ext_intercepted"
 _INTERCEPTOR = "_fmd_interceptor"
@@ -39,7 +40,7 @@ def intercepting(decoder: nn.Module, attribute: str, interceptor: Interceptor) -
     try:
         for module in modules:
             attend = functools.partial(interceptor, _attention_function(module))
-            module.config = with_attention(module.config, INTERCEPTED_NAME)
+            module.config = branched_config(module.config, INTERCEPTED_NAME)
             module.__dict__[_INTERCEPTOR] = attend
         yield
     finally:

@@ -200,7 +200,8 @@ def test_beam_search_scores_equal_full_recompute(thinker, masking):
             "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 4, dtype=torch.long)], dim=1),
             "position_ids": torch.cat([batch["position_ids"], batch["position_ids"][:, -1:] + torch.arange(1, 5)], 1),
         }
-        logits = thinker(**whole, modality_labels=batch["modality_labels"]).logits[:, -5:]
+        labels = torch.nn.functional.pad(batch["modality_labels"], (0, 4))  # words are text
+        logits = thinker(**whole, modality_labels=labels).logits[:, -5:]
         scores = logits.log_softmax(-1).gather(2, words[..., None]).sum((1, 2))
         torch.testing.assert_close(scores, beams.sequences_scores[beam::4], atol=1e-3, rtol=0)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fmd_ext.compat import cache_argument, name_cache
 from fmd_ext.engine.call import Rotation
+from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.session import Session
 
 
@@ -32,6 +33,7 @@ class FusedRotation:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_forward": None}  # a copy defers to its own session
 
+    @python_only  # Dynamo would look for what belongs to a code object in the globals of another function of that code
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._forward is None:
             own = _own_forward(module)
