@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 # These get the whole sequence: the first calls the user's function, the second starts from the prompt's last token and
 # cannot run from embeddings at all.
 _SEE_ALL = (PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
-_OF_ENCODERS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+_OF_ENCODERS = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # and what switches them off
 
 
 class AnswerProcessor(LogitsProcessor):
@@ -96,8 +96,8 @@ class EmbeddingsGenerationMixin(GenerationMixin):
         for name in ("max_length", "min_length"):
             if getattr(settings, name) is not None:
                 setattr(settings, name, max(getattr(settings, name) - prompt_len, 0))
-        for name in _OF_ENCODERS:
-            if getattr(settings, name, None) not in (None, 0, 1.0):
+        for name, off in _OF_ENCODERS.items():
+            if getattr(settings, name, None) not in (None, off):
                 warnings.warn(f"{name} reads a prompt's ids, and this model has embeddings: ignored", stacklevel=3)
             setattr(settings, name, None)
         given = logits_processor or []
