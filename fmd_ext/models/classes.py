@@ -1,8 +1,13 @@
-"""Which class answers in text for a checkpoint, by what its ``config.json`` says."""
+"""Which class answers in text for a checkpoint, by what its ``config.json`` says.
+
+An installed package can bring more: an entry point of the group ``fmd_ext.models`` has the model type (or
+architecture) as its name and the class as its value.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -25,6 +30,9 @@ MODEL_CLASSES = {
 }
 
 
+ENTRY_POINTS = "fmd_ext.models"
+
+
 def read_config(source: str) -> dict[str, Any]:
     """``config.json`` of a folder or hub name, as it is: no code that a checkpoint brings along runs.
 
@@ -33,24 +41,36 @@ def read_config(source: str) -> dict[str, Any]:
     return PreTrainedConfig.get_config_dict(source)[0]
 
 
-def class_for(config: dict[str, Any]) -> type:
-    """The class whose ``from_pretrained`` loads the checkpoint of this ``config.json``.
+def class_for(config: dict[str, Any]) -> Any:
+    """What loads the checkpoint of this ``config.json``: the class, or whatever has its ``from_pretrained``.
 
-    Its attribute ``processor_class``, where it has one, loads the processor; elsewhere ``AutoProcessor`` does.
+    ``from_pretrained(source, dtype=..., output_loading_info=True)`` returns the model and a report with
+    ``missing_keys``; it gets ``device_map`` where accelerate places the layers. An attribute ``processor_class`` loads
+    the processor; without it ``AutoProcessor`` does.
 
     Raises:
         ValueError: a type that is not supported; the message lists those that are.
         ImportError: a library is not installed that the class or its processor needs.
     """
-    kinds = (*(config.get("architectures") or ()), config.get("model_type"))
+    kinds = [kind for kind in (*(config.get("architectures") or ()), config.get("model_type")) if kind]
     named = next((MODEL_CLASSES[kind] for kind in kinds if kind in MODEL_CLASSES), None)
     if named is None:
-        raise ValueError(
-            f"it is of type {config.get('model_type')!r}; supported types are {', '.join(sorted(MODEL_CLASSES))}"
-        )
+        return _installed_class(kinds, config.get("model_type"))
     module, _, name = named.partition(":")
     if module == "transformers" and importlib.util.find_spec("torchvision") is None:
         raise ImportError(
             "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
         )
     return getattr(importlib.import_module(module), name)
+
+
+def _installed_class(kinds: list[str], model_type: str | None) -> Any:
+    points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    for kind in kinds:
+        if kind in points:
+            try:
+                return points[kind].load()
+            except Exception as error:  # whatever another package's module raises
+                raise ImportError(f"{points[kind].value}, which loads {kind}, cannot be imported: {error}") from error
+    supported = ", ".join(sorted({*MODEL_CLASSES, *points}))
+    raise ValueError(f"it is of type {model_type!r}; supported types are {supported}")
