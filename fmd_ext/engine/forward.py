@@ -166,9 +166,10 @@ class ForkedDecoder:
         is_prepared = call is not None
         if not is_prepared:
             check_length(decoder, past + embeds.shape[1])
-            prompt = self.session.incoming or self.session.labels_of_context
             if labels is not None:
                 prompt = Prompt(check_labels(labels, len(embeds)))
+            else:
+                prompt = self.session.incoming or self._prompt_of_direct_call(embeds, past, state)
             labels, announced = self._labels(embeds, past, prompt)
             if not _is_generated(prompt, state, mask, embeds.shape[1]):
                 _apply_padding(labels, mask, past, state)
@@ -186,6 +187,13 @@ class ForkedDecoder:
         self.session.last_call = call
         out = unpack_outputs(out, call.plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
+
+    def _prompt_of_direct_call(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
+        """The prompt of a call that has not come through the entry's forward."""
+        generating = self.session.generating
+        if generating is not None and (generating.is_one_with(state.prompt) if past else generating.fits(embeds)):
+            return generating.begin()
+        return self.session.labels_of_context
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
         """Errors for what the method does not do; fills in ``inputs_embeds``."""

@@ -101,6 +101,15 @@ class Prompt:
         """Whether labels were given by hand for it and no call has begun it yet."""
         return self.has_content and not self.is_read and not self._origin._has_begun
 
+    def fits(self, embeds: torch.Tensor) -> bool:
+        """Whether ``embeds`` [batch, length, hidden] may be the prompt, of which no call has come yet.
+
+        For models whose outer ``generate`` makes embeddings of ids and calls another one with them.
+        """
+        if self.labels is None or self._origin._has_begun or embeds.shape[0] % len(self.labels):
+            return False
+        return embeds.shape[1] == self.labels.shape[1] - self.first
+
     def starts(self, given: torch.Tensor | None) -> bool:
         """Whether a call with token ids or embeddings ``given``, on an empty cache, begins this prompt.
 

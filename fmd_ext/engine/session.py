@@ -52,7 +52,8 @@ class Session:
         lock: held by every call: calls of several threads follow one another, since the state is that of one call.
         call: the call that is running, else None.
         last_call: the last call that succeeded; None before the first.
-        incoming: the prompt of the entry's forward call that is running, which the decoder's call belongs to.
+        incoming: the prompt of the entry's forward call that is running, which the decoder's call belongs to; None
+            where no such call runs.
         generating: the prompt of the ``generate`` call that is running.
     """
 
@@ -78,7 +79,7 @@ class Session:
     def labels_of_context(self) -> Prompt | None:
         return self._labels
 
-    def receiving(self, prompt: Prompt | None) -> contextlib.AbstractContextManager:
+    def receiving(self, prompt: Prompt) -> contextlib.AbstractContextManager:
         """The context of a forward call of the entry, whose positions are those of ``prompt``."""
         return self._holding("incoming", prompt)
 

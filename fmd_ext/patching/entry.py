@@ -69,7 +69,7 @@ class EntryForward(_Entry):
                 branch_embeds = call.pop("branch_embeds", None)
             if branch_embeds is not None:
                 prompt = (prompt or Prompt(None)).with_branches(branch_embeds, cached(call))
-            with session.receiving(prompt):
+            with session.receiving(prompt or Prompt(None)):
                 return self.original(**call)
 
     def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
