@@ -26,12 +26,12 @@ void append_rows(const AppendParams& params, void* pool, int64_t pool_stride_hea
 
 }  // namespace
 
-void launch_append_cpu(const AppendParams& params, const ParallelFor& parallel_for) {
+void launch_append_cpu(const AppendParams& params, ParallelFor parallel_for) {
   // About 64 KiB of copying is worth a thread.
   const int64_t row_bytes = 2 * params.num_kv_heads * params.head_dim * element_size(params.dtype);
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, row_bytes));
-  parallel_for.run(
-      parallel_for, params.num_rows, grain,
+  parallel_for(
+      params.num_rows, grain,
       [](void* erased, int64_t begin, int64_t end) {
         const AppendParams& p = *static_cast<const AppendParams*>(erased);
         append_rows(p, p.k_pool, p.k_pool_stride_head, p.k_pool_stride_slot, p.k, p.k_stride_row, p.k_stride_head,

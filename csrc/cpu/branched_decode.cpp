@@ -56,7 +56,7 @@ void plan_groups(const BranchedAttentionParams& params, int64_t begin, int64_t e
 
 }  // namespace
 
-void launch_branched_decode_cpu(const BranchedAttentionParams& params, const ParallelFor& parallel_for) {
+void launch_branched_decode_cpu(const BranchedAttentionParams& params, ParallelFor parallel_for) {
   const cpu::KernelTable& kernels = cpu::kernels();
   Work work;
   for (int64_t begin = 0, end = 0; begin < params.num_groups; begin = end) {

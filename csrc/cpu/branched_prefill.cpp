@@ -21,7 +21,7 @@ int64_t block_rows(int64_t head_dim) {
 
 }  // namespace
 
-void launch_branched_prefill_cpu(const BranchedAttentionParams& params, const ParallelFor& parallel_for) {
+void launch_branched_prefill_cpu(const BranchedAttentionParams& params, ParallelFor parallel_for) {
   const cpu::KernelTable& kernels = cpu::kernels();
   const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
   const int64_t block_queries = std::max<int64_t>(1, block_rows(params.head_dim) / group_size);

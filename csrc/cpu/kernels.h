@@ -50,7 +50,6 @@ struct KernelTable {
                          const DecodePartials& partials);
   void (*rope_append_rows)(const RopeAppendParams& params, int64_t row_begin, int64_t row_end);
   void (*merge_pairs)(const MergeParams& params, int64_t pair_begin, int64_t pair_end);
-  void (*merge_norm_rows)(const MergeNormParams& params, int64_t row_begin, int64_t row_end);
 };
 
 // The table in use.

@@ -179,41 +179,4 @@ MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Te
   return params;
 }
 
-MergeNormParams merge_norm_params(const Tensor& hidden, const Tensor& away_rows, const Tensor& weights,
-                                  const Tensor& norm_weight, double eps) {
-  const char* op = "merge_norm_";
-  const Argument hidden_arg{op, "hidden", hidden}, away_arg{op, "away_rows", away_rows},
-      weights_arg{op, "weights", weights}, norm_arg{op, "norm_weight", norm_weight};
-  hidden_arg.has_shape("[num_rows, hidden_size]", {-1, -1});
-  away_arg.is_index_vector("[num_home]", -1);
-  if (away_rows.size(0) > hidden.size(0)) {
-    away_arg.fail("has ", away_rows.size(0), " home rows, accepted are at most the ", hidden.size(0),
-                  " rows of hidden");
-  }
-  weights_arg.has_dtype(ScalarType::Float);
-  weights_arg.has_shape("[num_home]", {away_rows.size(0)});
-  weights_arg.is_contiguous();
-  norm_arg.has_dtype(hidden.scalar_type());
-  norm_arg.has_shape("[hidden_size]", {hidden.size(1)});
-  norm_arg.is_contiguous();
-  if (!std::isfinite(eps) || eps < 0) fail("fmd_ext::", op, ": eps is ", eps, ", accepted are finite values from 0 on");
-
-  MergeNormParams params{};
-  params.dtype = hidden_arg.float_dtype();
-  params.num_rows = hidden.size(0);
-  params.hidden_size = hidden.size(1);
-  params.num_home = away_rows.size(0);
-  hidden_arg.has_contiguous_rows();
-  hidden_arg.has_no_repeated_memory();
-  for (const Argument& arg : {away_arg, weights_arg, norm_arg}) arg.is_on_device_of(hidden_arg);
-
-  params.hidden = hidden.mutable_data_ptr();
-  params.stride_row = hidden.stride(0);
-  params.away_rows = static_cast<const int64_t*>(away_rows.const_data_ptr());
-  params.weights = static_cast<const float*>(weights.const_data_ptr());
-  params.norm_weight = norm_weight.const_data_ptr();
-  params.eps = static_cast<float>(eps);
-  return params;
-}
-
 }  // namespace fmd

@@ -133,8 +133,4 @@ RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, 
 
 MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights);
 
-// Leaves out to the caller.
-MergeNormParams merge_norm_params(const Tensor& hidden, const Tensor& away_rows, const Tensor& weights,
-                                  const Tensor& norm_weight, double eps);
-
 }  // namespace fmd

@@ -17,14 +17,9 @@ namespace fmd {
 namespace {
 
 // torch's own thread pool, so that torch.set_num_threads() holds.
-ParallelFor torch_parallel_for() {
-  ParallelFor parallel_for{};
-  parallel_for.run = [](const ParallelFor&, int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t),
-                        void* ctx) {
-    if (count <= 0) return;
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
-  };
-  return parallel_for;
+void torch_parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* ctx) {
+  if (count <= 0) return;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
 }
 
 void check_range(const char* op, const char* name, const int64_t* values, int64_t count, int64_t end,
@@ -107,7 +102,7 @@ std::tuple<Tensor, Tensor> attend(const char* op, BranchedAttentionParams params
   params.out_stride_head = params.head_dim;
   params.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   if (num_queries < params.num_rows) fill_other_rows(params, marked);
-  if (num_queries > 0) launch(params, torch_parallel_for());
+  if (num_queries > 0) launch(params, torch_parallel_for);
   return {out, lse};
 }
 
@@ -130,7 +125,7 @@ std::tuple<Tensor, Tensor> branched_decode(const Tensor& q, const Tensor& k, con
 void append_(Tensor k_pool, Tensor v_pool, const Tensor& k, const Tensor& v, const Tensor& slots) {
   const AppendParams params = append_params("append_", k_pool, v_pool, k, v, slots);
   check_range("append_", "slots", params.slots, params.num_rows, params.num_slots, "slots of the pool");
-  if (params.num_rows > 0) launch_append_cpu(params, torch_parallel_for());
+  if (params.num_rows > 0) launch_append_cpu(params, torch_parallel_for);
 }
 
 void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q_out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -138,7 +133,7 @@ void rope_append_(Tensor k_pool, Tensor v_pool, Tensor q_out, const Tensor& q, c
   const RopeAppendParams params = rope_append_params(k_pool, v_pool, q_out, q, k, v, cos, sin, slots);
   check_range("rope_append_", "slots", params.append.slots, params.append.num_rows, params.append.num_slots,
               "slots of the pool");
-  if (params.append.num_rows > 0) launch_rope_append_cpu(params, torch_parallel_for());
+  if (params.append.num_rows > 0) launch_rope_append_cpu(params, torch_parallel_for);
 }
 
 void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights) {
@@ -153,23 +148,7 @@ void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, con
     fail("fmd_ext::", op, ": away_rows[", j, "] is ", params.away_rows[j],
          ", which is also a home row; accepted are rows that are not written");
   }
-  if (params.num_pairs > 0) launch_merge_cpu(params, torch_parallel_for());
-}
-
-Tensor merge_norm_(Tensor hidden, const Tensor& away_rows, const Tensor& weights, const Tensor& norm_weight,
-                   double eps) {
-  MergeNormParams params = merge_norm_params(hidden, away_rows, weights, norm_weight, eps);
-  for (int64_t r = 0; r < params.num_home; ++r) {
-    const int64_t away = params.away_rows[r];
-    if (away == -1 || (away >= params.num_home && away < params.num_rows)) continue;
-    fail("fmd_ext::merge_norm_: away_rows[", r, "] is ", away, ", accepted are -1 (none) and ", params.num_home, " to ",
-         params.num_rows - 1, " (rows of hidden after the home rows)");
-  }
-  const std::vector<int64_t> shape = {params.num_home, params.hidden_size};
-  Tensor out = torch::stable::new_empty(hidden, shape);
-  params.out = out.mutable_data_ptr();
-  if (params.num_home > 0 && params.hidden_size > 0) launch_merge_norm_cpu(params, torch_parallel_for());
-  return out;
+  if (params.num_pairs > 0) launch_merge_cpu(params, torch_parallel_for);
 }
 
 }  // namespace
@@ -180,7 +159,6 @@ STABLE_TORCH_LIBRARY_IMPL(fmd_ext, CPU, m) {
   m.impl("branched_prefill", TORCH_BOX(&branched_prefill));
   m.impl("branched_decode", TORCH_BOX(&branched_decode));
   m.impl("merge_", TORCH_BOX(&merge_));
-  m.impl("merge_norm_", TORCH_BOX(&merge_norm_));
 }
 
 }  // namespace fmd

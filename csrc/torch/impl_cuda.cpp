@@ -112,17 +112,6 @@ void merge_(Tensor hidden, const Tensor& home_rows, const Tensor& away_rows, con
   launch_merge_cuda(params, current_stream(hidden));
 }
 
-Tensor merge_norm_(Tensor hidden, const Tensor& away_rows, const Tensor& weights, const Tensor& norm_weight,
-                   double eps) {
-  MergeNormParams params = merge_norm_params(hidden, away_rows, weights, norm_weight, eps);
-  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  const std::vector<int64_t> shape = {params.num_home, params.hidden_size};
-  Tensor out = torch::stable::new_empty(hidden, shape);
-  params.out = out.mutable_data_ptr();
-  launch_merge_norm_cuda(params, current_stream(hidden));
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fmd_ext, CUDA, m) {
@@ -131,7 +120,6 @@ STABLE_TORCH_LIBRARY_IMPL(fmd_ext, CUDA, m) {
   m.impl("branched_prefill", TORCH_BOX(&branched_prefill));
   m.impl("branched_decode", TORCH_BOX(&branched_decode));
   m.impl("merge_", TORCH_BOX(&merge_));
-  m.impl("merge_norm_", TORCH_BOX(&merge_norm_));
 }
 
 }  // namespace fmd

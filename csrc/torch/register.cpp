@@ -14,5 +14,4 @@ STABLE_TORCH_LIBRARY(fmd_ext, m) {
       "branched_decode(Tensor q, Tensor k, Tensor v, Tensor qo_rows, Tensor segments, float softmax_scale, "
       "bool return_lse) -> (Tensor, Tensor)");
   m.def("merge_(Tensor(a!) hidden, Tensor home_rows, Tensor away_rows, Tensor weights) -> ()");
-  m.def("merge_norm_(Tensor(a!) hidden, Tensor away_rows, Tensor weights, Tensor norm_weight, float eps) -> Tensor");
 }

@@ -85,17 +85,6 @@ def _merge(random: Random) -> torch.Tensor:
     return (hidden - expected)[:3].abs().max()
 
 
-def _merge_norm(random: Random) -> torch.Tensor:
-    hidden, norm_weight = random(5, HEAD_DIM), random(HEAD_DIM)
-    away, weights = (torch.tensor(values, device=hidden.device) for values in ([4, -1, 3], [0.8, 0.0, 0.5]))
-    expected = hidden[:3].clone()
-    for row, other, weight in ((0, 4, 0.8), (2, 3, 0.5)):
-        expected[row] = weight * hidden[row] + (1 - weight) * hidden[other]
-    normed = ops.merge_norm_(hidden, away, weights, norm_weight, 1e-6)
-    expected_normed = expected * (expected.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm_weight
-    return torch.maximum((hidden[:3] - expected).abs().max(), (normed - expected_normed).abs().max())
-
-
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: list[int]) -> torch.Tensor:
     """q [heads, head_dim] over the given slots of k and v [kv_heads, slots, head_dim]."""
     keys, values = (pool[:, slots].repeat_interleave(HEADS // KV_HEADS, dim=0) for pool in (k, v))
@@ -109,5 +98,4 @@ CHECKS: dict[str, Callable[[Random], torch.Tensor]] = {
     "branched_prefill": _prefill,
     "branched_decode": _decode,
     "merge_": _merge,
-    "merge_norm_": _merge_norm,
 }

@@ -23,7 +23,6 @@ try:
     _prefill = torch.ops.fmd_ext.branched_prefill.default
     _decode = torch.ops.fmd_ext.branched_decode.default
     _merge = torch.ops.fmd_ext.merge_.default
-    _merge_norm = torch.ops.fmd_ext.merge_norm_.default
 except AttributeError as error:
     raise ImportError(
         f"{library.load()['cpu'].path} was built from other sources than this package ({error}): build it again, with "
@@ -171,31 +170,6 @@ def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor
     _merge(hidden, home_rows, away_rows, weights)
 
 
-def merge_norm_(hidden: Tensor, away_rows: Tensor, weights: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    """`merge_` into the first rows of `hidden`, and the RMS norm of these rows, which are read once for both.
-
-    Row r of the first num_home rows becomes `weights[r] * hidden[r] + (1 - weights[r]) * hidden[away_rows[r]]`, in
-    place, and stays what it is where `away_rows[r]` is -1. The result is
-    `hidden[r] / sqrt(mean(hidden[r] ** 2) + eps) * norm_weight`, computed in float32 and rounded once.
-
-    Args:
-        hidden: `[num_rows, hidden_size]`, last dimension contiguous; the first num_home rows are the home rows.
-        away_rows: int64 `[num_home]`: a row from num_home on, or -1.
-        weights: float32 `[num_home]`; unused where there is no away row.
-        norm_weight: `[hidden_size]`, the norm's weight, in the dtype of `hidden`.
-        eps: the norm's epsilon.
-
-    Returns:
-        `[num_home, hidden_size]`, contiguous, in the dtype of `hidden`.
-
-    Raises:
-        ValueError: shape, dtype, stride or device of an argument, or a row out of range.
-        RuntimeError: a gradient would be needed.
-    """
-    _refuse_gradients("merge_norm_", hidden, norm_weight)
-    return _merge_norm(hidden, away_rows, weights, norm_weight, eps)
-
-
 def _refuse_gradients(op: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"fmd_ext::{op} has no gradient: call it under torch.no_grad() or torch.inference_mode()")
@@ -227,11 +201,6 @@ def _branched_decode_fake(q, k, v, qo_rows, segments, softmax_scale, return_lse)
 @torch.library.register_fake("fmd_ext::merge_")
 def _merge_fake(hidden, home_rows, away_rows, weights):
     return None
-
-
-@torch.library.register_fake("fmd_ext::merge_norm_")
-def _merge_norm_fake(hidden, away_rows, weights, norm_weight, eps):
-    return hidden.new_empty((away_rows.shape[0], hidden.shape[1]))
 
 
 def _attention_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from test_ops_branched_decode import SAMPLES
 from test_ops_branched_prefill import MIXED
-from test_ops_merge_norm import EPS, normed
-from test_ops_merge_norm import make as make_merge_norm
 from test_ops_rope_append import assert_rotated
 from test_ops_rope_append import make as make_rope_append
 
@@ -245,18 +243,6 @@ def test_rope_append(dtype, heads, head_dim):
         moved = {name: tensor.cuda() for name, tensor in case.items()}
         ops.rope_append_(**moved)
         assert_rotated(case, {name: tensor.cpu() for name, tensor in moved.items()})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
-@pytest.mark.parametrize("hidden_size", [63, 3584])
-def test_merge_norm(dtype, hidden_size):
-    hidden, *arguments = make_merge_norm(40, 17, hidden_size, dtype)
-    on_device, norm_weight = hidden.cuda(), arguments[-1]
-    out = ops.merge_norm_(on_device, *(tensor.cuda() for tensor in arguments), EPS).cpu()
-    ops.merge_norm_(hidden, *arguments, EPS)
-    rows = on_device.cpu()[:40]
-    assert_as_exact(rows, None, hidden[:40].double(), dtype)
-    assert_as_exact(out, normed(rows, norm_weight), normed(rows.double(), norm_weight), dtype)
 
 
 @both_ops

@@ -28,8 +28,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # faster: what they touch for a kernel, the kernel's side of the layer has touched before.
 INSTRUMENTED, PLAIN = ["-O1", *SANITIZERS], ["-O2"]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, MERGE_NORM, END = 0, 1, 2, 3, 4, 5, 6, -1
-FAULT_SM90, FRAGMENTS = 7, 8
+PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, FAULT_SM90, FRAGMENTS, END = 0, 1, 2, 3, 4, 5, 6, 7, -1
 
 
 def sources() -> list[tuple[Path, list[str]]]:
@@ -163,16 +162,6 @@ class Calls:
         self._numbers(DTYPE_CODES[hidden.dtype], *hidden.shape, len(home_rows))
         self._strided(hidden, 0)
         for tensor in (home_rows, away_rows, weights):
-            self._array(tensor)
-
-    def merge_norm(self, hidden, away_rows, weights, norm_weight, eps, seed=0):
-        """The memory of hidden afterwards, which must be contiguous, and the normed rows."""
-        out = torch.full((len(away_rows), hidden.shape[1]), float("nan"), dtype=hidden.dtype)
-        self._call(MERGE_NORM, seed, 2, hidden, out)
-        self._numbers(DTYPE_CODES[hidden.dtype], *hidden.shape, len(away_rows))
-        self._float(eps)
-        self._strided(hidden, 0)
-        for tensor in (away_rows, weights, norm_weight, out):
             self._array(tensor)
 
     def fault(self, which, seed=0, sm90=False):

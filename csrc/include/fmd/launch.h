@@ -6,19 +6,17 @@
 namespace fmd {
 
 // Results do not depend on the number of threads that parallel_for uses.
-void launch_branched_prefill_cpu(const BranchedAttentionParams& params, const ParallelFor& parallel_for);
+void launch_branched_prefill_cpu(const BranchedAttentionParams& params, ParallelFor parallel_for);
 
 // Every group has one query: cu_seqlens_q is not read. Adjacent groups with equal prefix_start and prefix_len share
 // one pass over the prefix.
-void launch_branched_decode_cpu(const BranchedAttentionParams& params, const ParallelFor& parallel_for);
+void launch_branched_decode_cpu(const BranchedAttentionParams& params, ParallelFor parallel_for);
 
-void launch_append_cpu(const AppendParams& params, const ParallelFor& parallel_for);
+void launch_append_cpu(const AppendParams& params, ParallelFor parallel_for);
 
-void launch_rope_append_cpu(const RopeAppendParams& params, const ParallelFor& parallel_for);
+void launch_rope_append_cpu(const RopeAppendParams& params, ParallelFor parallel_for);
 
-void launch_merge_cpu(const MergeParams& params, const ParallelFor& parallel_for);
-
-void launch_merge_norm_cpu(const MergeNormParams& params, const ParallelFor& parallel_for);
+void launch_merge_cpu(const MergeParams& params, ParallelFor parallel_for);
 
 // CUDA, sm_80 and up. All pointers, indices too, are device memory of the current device, and stream is a cudaStream_t
 // of it. Nothing waits for the device and nothing is read back, so that a launch can be captured in a graph. A launch
@@ -38,8 +36,6 @@ void launch_append_cuda(const AppendParams& params, void* stream);
 void launch_rope_append_cuda(const RopeAppendParams& params, void* stream);
 
 void launch_merge_cuda(const MergeParams& params, void* stream);
-
-void launch_merge_norm_cuda(const MergeNormParams& params, void* stream);
 
 }  // namespace fmd
 

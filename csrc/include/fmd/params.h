@@ -92,27 +92,9 @@ struct MergeParams {
   const float* weights;      // [num_pairs]
 };
 
-// A merge, and the RMS norm that follows it. For every r < num_home:
-//   hidden[r] = weights[r] * hidden[r] + (1 - weights[r]) * hidden[away_rows[r]], unless away_rows[r] is -1;
-//   out[r] = hidden[r] / sqrt(mean(hidden[r]^2) + eps) * norm_weight.
-struct MergeNormParams {
-  DType dtype;
-  int64_t num_rows, hidden_size, num_home;
-  void* hidden;  // [num_rows, hidden_size]
-  int64_t stride_row;
-  const int64_t* away_rows;  // [num_home]: num_home to num_rows - 1, or -1
-  const float* weights;      // [num_home]; not read where away_rows is -1
-  const void* norm_weight;   // [hidden_size]
-  float eps;
-  void* out;  // [num_home, hidden_size] contiguous
-};
-
 // Runs body(ctx, begin, end) over sub-ranges of [0, count). The caller supplies it, so that threads follow the
 // host framework's setting and this folder stays free of it.
-struct ParallelFor {
-  void (*run)(const ParallelFor& self, int64_t count, int64_t grain,
-              void (*body)(void* ctx, int64_t begin, int64_t end), void* ctx);
-  void* state;
-};
+using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* ctx, int64_t begin, int64_t end),
+                             void* ctx);
 
 }  // namespace fmd

@@ -170,26 +170,6 @@ void merge() {
   hidden.write();
 }
 
-void merge_norm() {
-  fmd::MergeNormParams p{};
-  p.dtype = static_cast<fmd::DType>(number());
-  p.num_rows = number();
-  p.hidden_size = number();
-  p.num_home = number();
-  p.eps = real();
-  const Array hidden = Array::read();
-  p.hidden = hidden.at<void>(number());
-  p.stride_row = number();
-  const Array away_rows = Array::read(), weights = Array::read(), norm_weight = Array::read(), out = Array::read();
-  p.away_rows = away_rows.at<int64_t>();
-  p.weights = weights.at<float>();
-  p.norm_weight = norm_weight.at<void>();
-  p.out = out.at<void>();
-  fmd::launch_merge_norm_cuda(p, nullptr);
-  hidden.write();
-  out.write();
-}
-
 }  // namespace
 
 int main() try {
@@ -218,12 +198,9 @@ int main() try {
         append(true);
         break;
       case 6:
-        merge_norm();
-        break;
-      case 7:
         faulty_sm90(number());
         break;
-      case 8:
+      case 7:
         fragments(number());
         break;
       default:
