@@ -5,7 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "fmd/launch.h"
+#include "fmd/branched_attention.h"
 
 namespace fmd {
 namespace {

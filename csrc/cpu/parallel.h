@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "fmd/params.h"
+#include "fmd/types.h"
 
 namespace fmd::cpu {
 

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "cuda/intrinsics/intrinsics.h"
+#include "cuda/device/intrinsics.h"
 
 namespace fmd::cuda {
 

@@ -5,8 +5,8 @@
 // block's last visible key is touched.
 #pragma once
 
-#include "cuda/intrinsics/intrinsics.h"
-#include "fmd/params.h"
+#include "cuda/device/intrinsics.h"
+#include "fmd/branched_attention.h"
 
 namespace fmd::cuda {
 

@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each, with FMD_ISA and the compiler flags that belong to it.
 #include "cpu/kernels.h"
 
+#include "cpu/isa/append.h"
 #include "cpu/isa/branched_decode.h"
 #include "cpu/isa/branched_prefill.h"
 #include "cpu/isa/merge.h"
@@ -12,7 +13,7 @@
 namespace fmd::cpu::FMD_ISA {
 
 extern const KernelTable table;
-const KernelTable table = {FMD_STRINGIZE(FMD_ISA), prefill_block_any, decode_chunk_any,
-                           decode_combine,         rope_append_rows,  merge_pairs};
+const KernelTable table = {FMD_STRINGIZE(FMD_ISA), prefill_block_any,  decode_chunk_any, decode_combine,
+                           launch_append,          launch_rope_append, launch_merge};
 
 }  // namespace fmd::cpu::FMD_ISA

@@ -1,8 +1,9 @@
 // Rotary position embedding of q, and of k into its slots; v is copied.
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kernels.h"
+#include "fmd/append.h"
 
 namespace fmd::cpu::FMD_ISA {
 
@@ -49,6 +50,11 @@ inline void rope_append_rows(const RopeAppendParams& params, int64_t row_begin, 
           element(append.v, dtype, row * append.v_stride_row + head * append.v_stride_head), dim * dtype_size(dtype));
     }
   }
+}
+
+inline void launch_rope_append(const RopeAppendParams& params, ParallelFor parallel_for) {
+  const int64_t row_elements = (params.num_qo_heads + params.append.num_kv_heads) * params.append.head_dim;
+  launch_rows<RopeAppendParams, rope_append_rows>(params, params.append.num_rows, row_elements, 16384, parallel_for);
 }
 
 }  // namespace fmd::cpu::FMD_ISA
