@@ -11,7 +11,7 @@
 
 namespace fmd::cpu {
 
-// Query rows of one kv head: queries [query_begin, query_begin + num_queries) of a group, times the group_size heads
+// Query rows of one kv head: queries [query_begin, query_begin + num_queries) of a group, times the heads_per_kv heads
 // that share the kv head.
 struct PrefillBlock {
   int64_t group;

@@ -17,8 +17,8 @@ void launch_sm90_branched_prefill(const BranchedAttentionParams& params, void* s
 template <template <int> class Shape, typename Launch>
 void launch_prefill(const BranchedAttentionParams& params, const Launch& launch) {
   dispatch_attention("branched_prefill", params.dtype, params.head_dim, [&](auto instance) {
-    const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
-    const int64_t max_rows = std::min(params.max_qo_len, params.num_queries) * group_size;
+    const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
+    const int64_t max_rows = std::min(params.max_qo_len, params.num_queries) * heads_per_kv;
     const int64_t row_blocks = ceil_div(max_rows, Shape<decltype(instance)::kDim>::kRows);
     const int64_t blocks = row_blocks * params.num_groups * params.num_kv_heads;
     if (params.num_rows == 0 || blocks == 0) return;

@@ -32,9 +32,9 @@ void check_for_cuda(const char* op, const BranchedAttentionParams& params, const
   if (params.num_slots > kMaxSlots) {
     Argument{op, "k", k}.fail("has ", params.num_slots, " slots, accepted on CUDA are at most 2^30");
   }
-  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
-  if (params.num_queries * group_size > INT32_MAX) {
-    q_arg.fail("has ", params.num_queries, " queries with ", group_size,
+  const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
+  if (params.num_queries * heads_per_kv > INT32_MAX) {
+    q_arg.fail("has ", params.num_queries, " queries with ", heads_per_kv,
                " heads per kv head, accepted on CUDA are fewer than 2^31 in all");
   }
 }
@@ -43,14 +43,14 @@ void check_for_cuda(const char* op, const BranchedAttentionParams& params, const
 #endif
 
 BranchedAttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                         const Tensor& qo_rows, const Tensor* cu_seqlens_q, const Tensor& segments,
+                                         const Tensor& qo_rows, const Tensor* cu_seqlens_q, const Tensor& key_ranges,
                                          double softmax_scale) {
   const Argument q_arg{op, "q", q}, k_arg{op, "k", k}, v_arg{op, "v", v};
-  const Argument rows_arg{op, "qo_rows", qo_rows}, segments_arg{op, "segments", segments};
+  const Argument rows_arg{op, "qo_rows", qo_rows}, key_ranges_arg{op, "key_ranges", key_ranges};
   q_arg.has_shape("[num_rows, num_qo_heads, head_dim]", {-1, -1, -1});
   k_arg.has_shape(kPoolLayout, {-1, -1, q.size(2)});
   v_arg.has_shape(kPoolLayout, {k.size(0), k.size(1), k.size(2)});
-  segments_arg.has_shape("[num_groups, 4]", {-1, 4});
+  key_ranges_arg.has_shape("[num_groups, 4]", {-1, 4});
 
   BranchedAttentionParams params{};
   params.dtype = q_arg.float_dtype();
@@ -59,7 +59,7 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
   params.num_qo_heads = q.size(1);
   params.num_kv_heads = k.size(0);
   params.head_dim = q.size(2);
-  params.num_groups = segments.size(0);
+  params.num_groups = key_ranges.size(0);
   params.num_queries = qo_rows.numel();
   params.softmax_scale = static_cast<float>(softmax_scale);
 
@@ -81,9 +81,9 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
   } else {
     rows_arg.is_index_vector("[num_groups]", params.num_groups);
   }
-  segments_arg.has_dtype(ScalarType::Long);
-  segments_arg.is_contiguous();
-  for (const Argument& arg : {k_arg, v_arg, rows_arg, segments_arg}) arg.is_on_device_of(q_arg);
+  key_ranges_arg.has_dtype(ScalarType::Long);
+  key_ranges_arg.is_contiguous();
+  for (const Argument& arg : {k_arg, v_arg, rows_arg, key_ranges_arg}) arg.is_on_device_of(q_arg);
 
   params.q = q.const_data_ptr();
   params.q_stride_row = q.stride(0);
@@ -96,8 +96,8 @@ BranchedAttentionParams attention_params(const char* op, const Tensor& q, const 
   params.v_stride_slot = v.stride(1);
   params.qo_rows = static_cast<const int64_t*>(qo_rows.const_data_ptr());
   if (cu_seqlens_q != nullptr) params.cu_seqlens_q = static_cast<const int64_t*>(cu_seqlens_q->const_data_ptr());
-  static_assert(sizeof(Segment) == 4 * sizeof(int64_t), "a row of the segments tensor is a Segment");
-  params.segments = static_cast<const Segment*>(segments.const_data_ptr());
+  static_assert(sizeof(KeyRanges) == 4 * sizeof(int64_t), "a row of the key_ranges tensor is a KeyRanges");
+  params.key_ranges = static_cast<const KeyRanges*>(key_ranges.const_data_ptr());
 #ifdef FMD_FOR_CUDA
   check_for_cuda(op, params, q, k, v);
 #endif
@@ -121,23 +121,23 @@ std::tuple<Tensor, Tensor> allocate_outputs(BranchedAttentionParams& params, con
 
 namespace {
 
-void check_segments(const char* op, const BranchedAttentionParams& params) {
+void check_key_ranges(const char* op, const BranchedAttentionParams& params) {
   const auto check = [&](int64_t group, const char* what, int64_t start, int64_t length) {
     if (length >= 0 && (length == 0 || (start >= 0 && start <= params.num_slots - length))) return;
-    fail("fmd_ext::", op, ": segments[", group, "] has ", what, "_start ", start, " and ", what, "_len ", length,
+    fail("fmd_ext::", op, ": key_ranges[", group, "] has ", what, "_start ", start, " and ", what, "_len ", length,
          ", accepted are ranges of slots 0 to ", params.num_slots - 1);
   };
   for (int64_t group = 0; group < params.num_groups; ++group) {
-    const Segment& segment = params.segments[group];
-    check(group, "kv", segment.kv_start, segment.kv_len);
-    check(group, "prefix", segment.prefix_start, segment.prefix_len);
+    const KeyRanges& ranges = params.key_ranges[group];
+    check(group, "kv", ranges.kv_start, ranges.kv_len);
+    check(group, "prefix", ranges.prefix_start, ranges.prefix_len);
   }
 }
 
 }  // namespace
 
 std::vector<char> check_groups(const char* op, const BranchedAttentionParams& params) {
-  check_segments(op, params);
+  check_key_ranges(op, params);
   check_range(op, "qo_rows", params.qo_rows, params.num_queries, params.num_rows, "rows of q");
   std::vector<char> in_group(params.num_rows, 0);
   mark_rows(op, "qo_rows", params.qo_rows, params.num_queries, in_group);

@@ -12,7 +12,7 @@ namespace fmd {
 // Sizes, strides and dtypes of the tensors of both ops. cu_seqlens_q: null for decode.
 // Leaves out, lse and the values of index tensors to attend().
 BranchedAttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                         const Tensor& qo_rows, const Tensor* cu_seqlens_q, const Tensor& segments,
+                                         const Tensor& qo_rows, const Tensor* cu_seqlens_q, const Tensor& key_ranges,
                                          double softmax_scale);
 
 // (out, lse), which params point to from then on.
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> allocate_outputs(BranchedAttentionParams& params, con
 
 #ifndef FMD_FOR_CUDA
 
-// Checks the values of segments and qo_rows. Returns which rows of q are in a group.
+// Checks the values of key_ranges and qo_rows. Returns which rows of q are in a group.
 std::vector<char> check_groups(const char* op, const BranchedAttentionParams& params);
 
 // out = 0 and lse = -infinity in the rows of no group.

@@ -4,9 +4,9 @@ namespace fmd {
 namespace {
 
 std::tuple<Tensor, Tensor> branched_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qo_rows,
-                                           const Tensor& segments, double softmax_scale, bool return_lse) {
+                                           const Tensor& key_ranges, double softmax_scale, bool return_lse) {
   const char* op = "branched_decode";
-  const BranchedAttentionParams params = attention_params(op, q, k, v, qo_rows, nullptr, segments, softmax_scale);
+  const BranchedAttentionParams params = attention_params(op, q, k, v, qo_rows, nullptr, key_ranges, softmax_scale);
 #ifdef FMD_FOR_CUDA
   return attend(op, params, q, return_lse, [&q](const BranchedAttentionParams& complete, void* stream) {
     const std::vector<int64_t> floats = {branched_decode_workspace_cuda(complete) / 4};
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> branched_decode(const Tensor& q, const Tensor& k, con
 }  // namespace
 
 FMD_OP(branched_decode,
-       "(Tensor q, Tensor k, Tensor v, Tensor qo_rows, Tensor segments, float softmax_scale, bool return_lse) -> "
+       "(Tensor q, Tensor k, Tensor v, Tensor qo_rows, Tensor key_ranges, float softmax_scale, bool return_lse) -> "
        "(Tensor, Tensor)")
 
 }  // namespace fmd

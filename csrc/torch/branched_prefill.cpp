@@ -26,10 +26,10 @@ void check_cu_seqlens(const char* op, const BranchedAttentionParams& params, int
 #endif
 
 std::tuple<Tensor, Tensor> branched_prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& qo_rows,
-                                            const Tensor& cu_seqlens_q, const Tensor& segments, int64_t max_qo_len,
+                                            const Tensor& cu_seqlens_q, const Tensor& key_ranges, int64_t max_qo_len,
                                             double softmax_scale, bool return_lse) {
   const char* op = "branched_prefill";
-  BranchedAttentionParams params = attention_params(op, q, k, v, qo_rows, &cu_seqlens_q, segments, softmax_scale);
+  BranchedAttentionParams params = attention_params(op, q, k, v, qo_rows, &cu_seqlens_q, key_ranges, softmax_scale);
   params.max_qo_len = max_qo_len;
 #ifdef FMD_FOR_CUDA
   if (max_qo_len < 0) fail("fmd_ext::", op, ": max_qo_len is ", max_qo_len, ", accepted are values from 0 on");
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> branched_prefill(const Tensor& q, const Tensor& k, co
 }  // namespace
 
 FMD_OP(branched_prefill,
-       "(Tensor q, Tensor k, Tensor v, Tensor qo_rows, Tensor cu_seqlens_q, Tensor segments, int max_qo_len, "
+       "(Tensor q, Tensor k, Tensor v, Tensor qo_rows, Tensor cu_seqlens_q, Tensor key_ranges, int max_qo_len, "
        "float softmax_scale, bool return_lse) -> (Tensor, Tensor)")
 
 }  // namespace fmd

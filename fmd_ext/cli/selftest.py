@@ -48,21 +48,21 @@ def _rope_append(random: Random) -> torch.Tensor:
     cos, sin = random(2, 3, HEAD_DIM)
     slots = torch.tensor([7, 0, 31], device=rows.device)
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    def rotated(x: torch.Tensor) -> torch.Tensor:
         return x * cos[:, None] + torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1) * sin[:, None]
 
-    expected, turned_q = pools.clone(), torch.empty_like(q)
-    expected[:, :, slots] = torch.stack([turned(rows[0]), rows[1]]).transpose(1, 2)
-    ops.rope_append_(pools[0], pools[1], turned_q, q, rows[0], rows[1], cos, sin, slots)
-    return torch.maximum((pools - expected).abs().max(), (turned_q - turned(q)).abs().max())
+    expected, q_out = pools.clone(), torch.empty_like(q)
+    expected[:, :, slots] = torch.stack([rotated(rows[0]), rows[1]]).transpose(1, 2)
+    ops.rope_append_(pools[0], pools[1], q_out, q, rows[0], rows[1], cos, sin, slots)
+    return torch.maximum((pools - expected).abs().max(), (q_out - rotated(q)).abs().max())
 
 
 def _prefill(random: Random) -> torch.Tensor:
     """Five queries in one group: a prefix of four keys, and seven own keys of which the first two were there before."""
     q, k, v = random(5, HEADS, HEAD_DIM), random(KV_HEADS, SLOTS, HEAD_DIM), random(KV_HEADS, SLOTS, HEAD_DIM)
     rows, groups = torch.arange(5, device=q.device), torch.tensor([0, 5], device=q.device)
-    segments = torch.tensor([[10, 7, 2, 4]], device=q.device)
-    out, _ = ops.branched_prefill(q, k, v, rows, groups, segments, 5, SCALE)
+    key_ranges = torch.tensor([[10, 7, 2, 4]], device=q.device)
+    out, _ = ops.branched_prefill(q, k, v, rows, groups, key_ranges, 5, SCALE)
     expected = [_attention(q[i], k, v, [*range(2, 6), *range(10, 13 + i)]) for i in range(5)]
     return (out - torch.stack(expected)).abs().max()
 
@@ -70,8 +70,8 @@ def _prefill(random: Random) -> torch.Tensor:
 def _decode(random: Random) -> torch.Tensor:
     """Both branches of one sample, with a common prefix."""
     q, k, v = random(2, HEADS, HEAD_DIM), random(KV_HEADS, SLOTS, HEAD_DIM), random(KV_HEADS, SLOTS, HEAD_DIM)
-    segments = torch.tensor([[10, 7, 2, 4], [20, 3, 2, 4]], device=q.device)
-    out, _ = ops.branched_decode(q, k, v, torch.arange(2, device=q.device), segments, SCALE)
+    key_ranges = torch.tensor([[10, 7, 2, 4], [20, 3, 2, 4]], device=q.device)
+    out, _ = ops.branched_decode(q, k, v, torch.arange(2, device=q.device), key_ranges, SCALE)
     slots = ([*range(2, 6), *range(10, 17)], [*range(2, 6), *range(20, 23)])
     return (out - torch.stack([_attention(q[i], k, v, slots[i]) for i in range(2)])).abs().max()
 

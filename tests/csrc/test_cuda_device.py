@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 HALF_DTYPES = [torch.bfloat16, torch.float16]
-TENSORS = ("q", "k", "v", "qo_rows", "cu_seqlens_q", "segments")
+TENSORS = ("q", "k", "v", "qo_rows", "cu_seqlens_q", "key_ranges")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,13 +145,13 @@ def test_graph_of_a_decode_step():
     case.k.nan_to_num_(0.0), case.v.nan_to_num_(0.0)
     hidden = torch.randn(2, 14 * 64, device="cuda").bfloat16()
     new_k, new_v = torch.randn(2, 2, 2, 64, device="cuda").bfloat16()
-    slots = case.segments[:, 0] + case.segments[:, 1] - 1
+    slots = case.key_ranges[:, 0] + case.key_ranges[:, 1] - 1
     rows = torch.tensor([0, 1], device="cuda")
     weights = torch.tensor([0.5], device="cuda")
 
-    def step(k, v, hidden, segments, slots):
+    def step(k, v, hidden, key_ranges, slots):
         ops.append_(k, v, new_k, new_v, slots)
-        out, _ = ops.branched_decode(case.q, k, v, case.qo_rows, segments, case.scale)
+        out, _ = ops.branched_decode(case.q, k, v, case.qo_rows, key_ranges, case.scale)
         hidden += out.reshape(2, -1)
         ops.merge_(hidden, rows[:1], rows[1:], weights)
 
@@ -159,23 +159,23 @@ def test_graph_of_a_decode_step():
         return case.k.clone(), case.v.clone(), hidden.clone()
 
     static = copies()
-    segments, static_slots = case.segments.clone(), slots.clone()
+    key_ranges, static_slots = case.key_ranges.clone(), slots.clone()
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
-        step(*copies(), segments, static_slots)
+        step(*copies(), key_ranges, static_slots)
     warm.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(*static, segments, static_slots)
+        step(*static, key_ranges, static_slots)
     for length in (1, 33, 64):
-        segments[:, 1] = length
-        static_slots.copy_(segments[:, 0] + length - 1)
+        key_ranges[:, 1] = length
+        static_slots.copy_(key_ranges[:, 0] + length - 1)
         for target, source in zip(static, (case.k, case.v, hidden), strict=True):
             target.copy_(source)
         graph.replay()
         eager = copies()
-        step(*eager, segments, static_slots)
+        step(*eager, key_ranges, static_slots)
         assert all(torch.equal(a, b) for a, b in zip(static, eager, strict=True))
 
 
@@ -204,8 +204,8 @@ def test_offsets_beyond_2_to_the_31():
         large = torch.empty(2, num_slots, dim, dtype=torch.bfloat16, device="cuda")
         large[:, shift:] = pool
         pools.append(large)
-    segments = case.segments + shift * torch.tensor([1, 0, 1, 0], device="cuda")
-    moved = dataclasses.replace(case, k=pools[0], v=pools[1], segments=segments)
+    key_ranges = case.key_ranges + shift * torch.tensor([1, 0, 1, 0], device="cuda")
+    moved = dataclasses.replace(case, k=pools[0], v=pools[1], key_ranges=key_ranges)
     for decode in (False, True):
         assert_attention(on_host(attend(moved, decode)), expected(small), expected(small, torch.bfloat16))
 

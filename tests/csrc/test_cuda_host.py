@@ -70,7 +70,7 @@ class TestHostExecution:
 
     def test_sanitizer_sees_into_kernels(self):
         case = make_case([Group(3, 9)], (2, 2), 64, torch.bfloat16)
-        case.segments[0, 0] = case.k.shape[1] - 8  # the ninth key lies beyond the pool
+        case.key_ranges[0, 0] = case.k.shape[1] - 8  # the ninth key lies beyond the pool
         calls = Calls()
         calls.attention(case)
         said = calls.start()
@@ -169,7 +169,7 @@ class TestAttention:
     @pytest.mark.parametrize("where", ["k", "v"])
     def test_nan_that_a_query_sees_is_not_hidden(self, decode, where):
         case = make_case([Group(1, 200), Group(1, 30)], (6, 2), 64, torch.bfloat16, spare_rows=0)
-        getattr(case, where)[:, int(case.segments[0, 0]) + 150, 3] = math.nan
+        getattr(case, where)[:, int(case.key_ranges[0, 0]) + 150, 3] = math.nan
         out, _ = attend(case, decode)
         hit, other = out[case.qo_rows[0]], out[case.qo_rows[1]]
         assert hit[:, 3].isnan().all() and other.isfinite().all()

@@ -55,7 +55,7 @@ class Case:
     v: torch.Tensor
     qo_rows: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    segments: torch.Tensor
+    key_ranges: torch.Tensor
     max_qo_len: int
     scale: float
 
@@ -66,14 +66,14 @@ class Case:
             self.v,
             self.qo_rows,
             self.cu_seqlens_q,
-            self.segments,
+            self.key_ranges,
             self.max_qo_len,
             self.scale,
             return_lse,
         )
 
     def decode_args(self, return_lse=True):
-        return self.q, self.k, self.v, self.qo_rows, self.segments, self.scale, return_lse
+        return self.q, self.k, self.v, self.qo_rows, self.key_ranges, self.scale, return_lse
 
 
 def make_case(groups, heads=(6, 2), head_dim=64, dtype=torch.float32, seed=0, spare_rows=3, spread=1.0):
@@ -102,7 +102,7 @@ def make_case(groups, heads=(6, 2), head_dim=64, dtype=torch.float32, seed=0, sp
     num_rows = num_queries + spare_rows
     q = normal(num_qo_heads, num_rows, head_dim).to(dtype).transpose(0, 1)  # not contiguous
     cu_seqlens_q = torch.tensor([0] + [g.qo_len for g in groups]).cumsum(0)
-    segments = [
+    key_ranges = [
         (ranges["own", i], g.kv_len, ranges["prefix", g.sample, g.prefix_len], g.prefix_len)
         for i, g in enumerate(groups)
     ]
@@ -112,7 +112,7 @@ def make_case(groups, heads=(6, 2), head_dim=64, dtype=torch.float32, seed=0, sp
         v=v.to(dtype),
         qo_rows=torch.randperm(num_rows, generator=generator)[:num_queries],
         cu_seqlens_q=cu_seqlens_q,
-        segments=torch.tensor(segments, dtype=torch.int64).reshape(-1, 4),
+        key_ranges=torch.tensor(key_ranges, dtype=torch.int64).reshape(-1, 4),
         max_qo_len=max((g.qo_len for g in groups), default=0),
         scale=head_dim**-0.5,
     )
@@ -129,15 +129,15 @@ def expected(case, dtype=torch.float64):
     """(out, lse) of plain PyTorch with all arithmetic in `dtype`."""
     out = torch.zeros(case.q.shape, dtype=dtype)
     lse = torch.full(case.q.shape[:2], -math.inf, dtype=dtype)
-    group_size = case.q.shape[1] // case.k.shape[0]
-    for g, (kv_start, kv_len, prefix_start, prefix_len) in enumerate(case.segments.tolist()):
+    heads_per_kv = case.q.shape[1] // case.k.shape[0]
+    for g, (kv_start, kv_len, prefix_start, prefix_len) in enumerate(case.key_ranges.tolist()):
         rows = case.qo_rows[case.cu_seqlens_q[g] : case.cu_seqlens_q[g + 1]]
         slots = torch.cat([prefix_start + torch.arange(prefix_len), kv_start + torch.arange(kv_len)])
         if len(rows) == 0 or len(slots) == 0:
             continue
         own_seen = kv_len - len(rows) + 1 + torch.arange(len(rows))
         seen = torch.arange(len(slots)) < prefix_len + own_seen.clamp(min=0)[:, None]  # [queries, slots]
-        k, v = (pool[:, slots].to(dtype).repeat_interleave(group_size, 0) for pool in (case.k, case.v))
+        k, v = (pool[:, slots].to(dtype).repeat_interleave(heads_per_kv, 0) for pool in (case.k, case.v))
         scores = case.q[rows].to(dtype).transpose(0, 1) @ k.transpose(1, 2) * case.scale  # [heads, queries, slots]
         scores = scores.masked_fill(~seen, -math.inf)
         lse[rows] = scores.logsumexp(-1).transpose(0, 1)

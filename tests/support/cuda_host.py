@@ -130,11 +130,11 @@ class Calls:
         self._call(DECODE if decode else PREFILL, seed, multiprocessors, out, lse)
         num_kv_heads, num_slots, _ = case.k.shape
         self._numbers(DTYPE_CODES[case.q.dtype], num_rows, num_slots, num_qo_heads, num_kv_heads, head_dim)
-        self._numbers(len(case.segments), len(case.qo_rows), 1 if decode else case.max_qo_len)
+        self._numbers(len(case.key_ranges), len(case.qo_rows), 1 if decode else case.max_qo_len)
         self._float(case.scale)
         for tensor, dims in ((case.q, (0, 1)), (case.k, (0, 1)), (case.v, (0, 1))):
             self._strided(tensor, *dims)
-        for tensor in (case.qo_rows, case.cu_seqlens_q, case.segments, out, lse):
+        for tensor in (case.qo_rows, case.cu_seqlens_q, case.key_ranges, out, lse):
             self._array(tensor)
         self._numbers(return_lse, head_distance, kernel)
 

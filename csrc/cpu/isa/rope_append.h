@@ -11,19 +11,19 @@ namespace fmd::cpu::FMD_ISA {
 // buffer: 4 * half floats.
 inline void rotate_head(DType dtype, const void* source, void* target, const float* cos, const float* sin, int64_t half,
                         float* buffer) {
-  float *low = buffer, *high = buffer + half, *turned = buffer + 2 * half;
+  float *low = buffer, *high = buffer + half, *rotated = buffer + 2 * half;
   widen(dtype, source, low, 2 * half);
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     const VecF a = load<VecF>(low + i), b = load<VecF>(high + i);
-    store(turned + i, a * load<VecF>(cos + i) - b * load<VecF>(sin + i));
-    store(turned + half + i, b * load<VecF>(cos + half + i) + a * load<VecF>(sin + half + i));
+    store(rotated + i, a * load<VecF>(cos + i) - b * load<VecF>(sin + i));
+    store(rotated + half + i, b * load<VecF>(cos + half + i) + a * load<VecF>(sin + half + i));
   }
   for (; i < half; ++i) {
-    turned[i] = low[i] * cos[i] - high[i] * sin[i];
-    turned[half + i] = high[i] * cos[half + i] + low[i] * sin[half + i];
+    rotated[i] = low[i] * cos[i] - high[i] * sin[i];
+    rotated[half + i] = high[i] * cos[half + i] + low[i] * sin[half + i];
   }
-  narrow(dtype, turned, target, 2 * half);
+  narrow(dtype, rotated, target, 2 * half);
 }
 
 inline void rope_append_rows(const RopeAppendParams& params, int64_t row_begin, int64_t row_end) {

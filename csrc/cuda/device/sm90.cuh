@@ -30,21 +30,21 @@ FMD_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
 }
 
 template <int kRegisters>
-FMD_DEVICE void give_registers() {
+FMD_DEVICE void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-FMD_DEVICE void take_registers() {
+FMD_DEVICE void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kCount>
-FMD_DEVICE void wgmma_settle(float (&registers)[kCount]) {
+FMD_DEVICE void wgmma_fence_operand(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 template <int kCount>
-FMD_DEVICE void wgmma_settle(uint32_t (&registers)[kCount]) {
+FMD_DEVICE void wgmma_fence_operand(uint32_t (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }

@@ -6,10 +6,10 @@
 // - mbarrier_init(barrier, arrivals), mbarrier_arrive(barrier), mbarrier_wait(barrier, parity): a phase ends with its
 //   last arrival; the wait is for the end of the phase of that parity, the first phase being of parity 0. Waiting is
 //   for whole warps.
-// - give_registers<N>(), take_registers<N>(): what a warpgroup has from there on, per thread.
-// - wgmma_settle(registers): the compiler moves no use of these registers from one side to the other. Wanted before a
-//   fence for what the wgmma behind it takes, and after a wait for what it gives: on its own a compiler does not know
-//   that a wgmma goes on in the background.
+// - setmaxnreg_dec<N>(), setmaxnreg_inc<N>(): registers per thread that the warpgroup has from there on.
+// - wgmma_fence_operand(registers): the compiler moves no use of these registers across it. Needed before wgmma_fence()
+//   for the operands of the wgmma that follows, and after wgmma_wait() for its results: the compiler does not know that
+//   a wgmma runs asynchronously.
 // - wgmma_fence(): before the first wgmma after its registers were touched.
 // - wgmma_shared<T, N>(d, a, b, accumulate): d (+)= a b; wgmma_registers<T, N>(d, a, b): d += a b. m64nNk16, fp32 sums.
 //   a: descriptor of [64 rows, 16] with the 16 contiguous, or four registers. b: descriptor, for wgmma_shared of

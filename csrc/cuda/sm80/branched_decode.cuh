@@ -55,22 +55,22 @@ struct DecodePartials {
   }
 };
 
-FMD_DEVICE bool share_prefix(const Segment& a, const Segment& b) {
+FMD_DEVICE bool share_prefix(const KeyRanges& a, const KeyRanges& b) {
   return a.prefix_len > 0 && a.prefix_len == b.prefix_len && a.prefix_start == b.prefix_start;
 }
 
 // First group of the unit that `group` belongs to, and the number of its groups.
-FMD_DEVICE void find_unit(const BranchedAttentionParams& params, int group, int group_size, int* leader, int* count) {
-  const int capacity = group_size >= kUnitRows ? 1 : kUnitRows / group_size;
+FMD_DEVICE void find_unit(const BranchedAttentionParams& params, int group, int heads_per_kv, int* leader, int* count) {
+  const int capacity = heads_per_kv >= kUnitRows ? 1 : kUnitRows / heads_per_kv;
   *leader = group;
   *count = 1;
   if (capacity == 1) return;
-  const Segment own = params.segments[group];
+  const KeyRanges own = params.key_ranges[group];
   int first = group;
-  while (first > 0 && share_prefix(own, params.segments[first - 1])) --first;
+  while (first > 0 && share_prefix(own, params.key_ranges[first - 1])) --first;
   *leader = first + (group - first) / capacity * capacity;
   int end = group + 1;
-  while (end < params.num_groups && end - *leader < capacity && share_prefix(own, params.segments[end])) ++end;
+  while (end < params.num_groups && end - *leader < capacity && share_prefix(own, params.key_ranges[end])) ++end;
   *count = end - *leader;
 }
 
@@ -82,7 +82,7 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
   constexpr int kRowVecs = kDim / kVecElements;
   constexpr int kPassRows = kWarpSize / kRowVecs;
 
-  const int group_size = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
+  const int heads_per_kv = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
   int64_t rest = block_index();
   const int head_tile = static_cast<int>(rest % partials.num_head_tiles);
   rest /= partials.num_head_tiles;
@@ -98,16 +98,16 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
   DecodeUnit& unit = *reinterpret_cast<DecodeUnit*>(memory + Shape::kRingBytes);
 
   if (thread == 0) {
-    find_unit(params, group, group_size, &unit.leader, &unit.num_groups);
-    const Segment first = params.segments[unit.leader];
+    find_unit(params, group, heads_per_kv, &unit.leader, &unit.num_groups);
+    const KeyRanges first = params.key_ranges[unit.leader];
     unit.begin[0] = 0;
     unit.first_slot[0] = first.prefix_start;
     int keys = static_cast<int>(first.prefix_len);
     for (int i = 0; i < unit.num_groups; ++i) {
-      const Segment segment = params.segments[unit.leader + i];
+      const KeyRanges ranges = params.key_ranges[unit.leader + i];
       unit.begin[i + 1] = keys;
-      unit.first_slot[i + 1] = segment.kv_start - keys;
-      keys += static_cast<int>(segment.kv_len);
+      unit.first_slot[i + 1] = ranges.kv_start - keys;
+      keys += static_cast<int>(ranges.kv_len);
     }
     unit.begin[unit.num_groups + 1] = keys;
     unit.num_keys = keys;
@@ -124,11 +124,11 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
   const int tile_end = static_cast<int>(static_cast<int64_t>(num_tiles) * (part + 1) / num_parts);
 
   // Row r of the tile: head r of the unit's first group, and so on; or, with several head tiles, head 16 * tile + r.
-  const auto group_of = [&](int row) { return partials.num_head_tiles > 1 ? 0 : row / group_size; };
+  const auto group_of = [&](int row) { return partials.num_head_tiles > 1 ? 0 : row / heads_per_kv; };
   const auto head_of = [&](int row) {
-    return partials.num_head_tiles > 1 ? head_tile * kUnitRows + row : row % group_size;
+    return partials.num_head_tiles > 1 ? head_tile * kUnitRows + row : row % heads_per_kv;
   };
-  const auto is_row = [&](int row) { return group_of(row) < unit.num_groups && head_of(row) < group_size; };
+  const auto is_row = [&](int row) { return group_of(row) < unit.num_groups && head_of(row) < heads_per_kv; };
 
   // This warp's tiles: tile_begin + warp, and every fourth after it. K, then V, of a stage.
   const auto stage = [&](int i) { return ring + i % Shape::kStages * (2 * Shape::kTileElements); };
@@ -170,7 +170,7 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
     const T* from = static_cast<const T*>(params.q);
     if (valid) {
       from += params.qo_rows[unit.leader + member] * params.q_stride_row +
-              (kv_head * group_size + head_of(row)) * params.q_stride_head;
+              (kv_head * heads_per_kv + head_of(row)) * params.q_stride_head;
     }
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
@@ -213,7 +213,7 @@ branched_decode_kernel(const BranchedAttentionParams params, const DecodePartial
         }
       }
     }
-    state.weigh(scores, scale.log2, [&](int r, int half, float factor) { state.rescale(r, half, factor); });
+    state.online_softmax(scores, scale.log2, [&](int r, int half, float factor) { state.rescale(r, half, factor); });
     state.accumulate(scores, k_tile + Shape::kTileElements);
   }
   state.finish();
@@ -296,13 +296,13 @@ branched_decode_combine_kernel(const BranchedAttentionParams params, const Decod
   if (item >= params.num_groups * params.num_qo_heads) return;
   const int group = static_cast<int>(item / params.num_qo_heads);
   const int qo_head = static_cast<int>(item % params.num_qo_heads);
-  const int group_size = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
-  const int kv_head = qo_head / group_size, head = qo_head % group_size;
+  const int heads_per_kv = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
+  const int kv_head = qo_head / heads_per_kv, head = qo_head % heads_per_kv;
 
   int leader, num_groups;
-  find_unit(params, group, group_size, &leader, &num_groups);
+  find_unit(params, group, heads_per_kv, &leader, &num_groups);
   const int head_tile = head / kUnitRows;
-  const int row = head % kUnitRows + (group - leader) * group_size;
+  const int row = head % kUnitRows + (group - leader) * heads_per_kv;
   const int num_parts = num_groups * partials.num_splits;
   const auto partial_of = [&](int part) {
     return partials.block_of(leader, part, kv_head, params.num_kv_heads, head_tile) * kUnitRows + row;

@@ -127,7 +127,7 @@ branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_
         }
       }
     }
-    state.weigh(scores, scale.log2, [&](int r, int half, float factor) { state.rescale(r, half, factor); });
+    state.online_softmax(scores, scale.log2, [&](int r, int half, float factor) { state.rescale(r, half, factor); });
     state.accumulate(scores, next_half(2 * tile + 1));
   }
   state.finish();

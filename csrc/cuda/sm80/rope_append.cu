@@ -1,7 +1,7 @@
 // append with rotary position embedding: of q into q_out, of k on its way into the pool; v is copied.
 //
-// A row has an item for each vector of half a head: of every query head and key head to turn, of every value head to
-// copy. A thread per item, with both halves of what it turns.
+// A row has an item for each vector of half a head: of every query head and key head to rotate, of every value head
+// to copy. A thread per item, with both halves of what it rotates.
 #include "cuda/device/intrinsics.h"
 #include "cuda/dispatch.h"
 #include "fmd/append.h"

@@ -174,7 +174,7 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
   typename State::Scores scores;
   float factors[2];
   typename Products::Weights weights;
-  const auto soften = [&](int tile) {
+  const auto softmax = [&](int tile) {
     if (scale.q_sign != 0) {
 #pragma unroll
       for (int i = 0; i < Shape::kKeys / 2; ++i) scores[0][i / 4][i % 4] = -scores[0][i / 4][i % 4];
@@ -192,20 +192,20 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
         }
       }
     }
-    state.weigh(scores, scale.log2, [&](int, int half, float factor) { factors[half] = factor; });
+    state.online_softmax(scores, scale.log2, [&](int, int half, float factor) { factors[half] = factor; });
   };
   const auto pack_weights = [&] {
 #pragma unroll
     for (int step = 0; step < Shape::kKeys / 16; ++step) State::fragment_of(weights[step], scores[0], step);
   };
 
-  const auto settle_scores = [&] { wgmma_settle(reinterpret_cast<typename Products::Sums&>(scores)); };
-  const auto settle_out = [&] { wgmma_settle(reinterpret_cast<typename Products::Out&>(state.out)); };
-  // Before the products: of what the softmax made.
-  const auto fence = [&] {
+  const auto fence_scores = [&] { wgmma_fence_operand(reinterpret_cast<typename Products::Sums&>(scores)); };
+  const auto fence_out = [&] { wgmma_fence_operand(reinterpret_cast<typename Products::Out&>(state.out)); };
+  // Before products that take what the softmax made.
+  const auto fence_operands = [&] {
 #pragma unroll
-    for (int step = 0; step < Shape::kKeys / 16; ++step) wgmma_settle(weights[step]);
-    settle_out();
+    for (int step = 0; step < Shape::kKeys / 16; ++step) wgmma_fence_operand(weights[step]);
+    fence_out();
     wgmma_fence();
   };
 
@@ -214,24 +214,24 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
     wgmma_fence();
     Products::score(scores, q, slot_of(0));
     wgmma_wait<0>();
-    settle_scores();
+    fence_scores();
     release(0);
-    soften(0);
+    softmax(0);
     pack_weights();
   }
   for (int tile = 1; tile < num_tiles; ++tile) {
     const int k_half = 2 * tile, v_half = 2 * tile - 1;
     wait_for(v_half);
     wait_for(k_half);
-    fence();
+    fence_operands();
     Products::score(scores, q, slot_of(k_half));
     Products::accumulate(state, weights, slot_of(v_half));
     wgmma_wait<1>();
-    settle_scores();
+    fence_scores();
     release(k_half);
-    soften(tile);
+    softmax(tile);
     wgmma_wait<0>();
-    settle_out();
+    fence_out();
     release(v_half);
 #pragma unroll
     for (int half = 0; half < 2; ++half) state.rescale(0, half, factors[half]);
@@ -239,10 +239,10 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
   }
   if (num_tiles > 0) {
     wait_for(2 * num_tiles - 1);
-    fence();
+    fence_operands();
     Products::accumulate(state, weights, slot_of(2 * num_tiles - 1));
     wgmma_wait<0>();
-    settle_out();
+    fence_out();
   }
   state.finish();
 
@@ -292,10 +292,10 @@ sm90_branched_prefill_kernel(const BranchedAttentionParams params, const int num
   block_barrier();
   const int num_tiles = (control.block.num_keys + Shape::kKeys - 1) / Shape::kKeys;
   if (thread_index() < kWarpgroupSize) {
-    give_registers<Shape::kProducerRegisters>();
+    setmaxnreg_dec<Shape::kProducerRegisters>();
     sm90_prefill_produce<T, kDim>(params, control.block, ring, control.full, control.empty, num_tiles);
   } else {
-    take_registers<Shape::kConsumerRegisters>();
+    setmaxnreg_inc<Shape::kConsumerRegisters>();
     sm90_prefill_consume<T, kDim>(params, control.block, q_tile, ring, control.full, control.empty, num_tiles,
                                   q_is_aligned);
   }

@@ -8,7 +8,7 @@ namespace fmd {
 
 // The keys that one group of queries sees. Query i (of qo_len) of the group attends to all prefix_len slots
 // from prefix_start on, and to the first kv_len - qo_len + i + 1 slots from kv_start on.
-struct Segment {
+struct KeyRanges {
   int64_t kv_start;
   int64_t kv_len;  // own keys, this call's included
   int64_t prefix_start;
@@ -38,7 +38,7 @@ struct BranchedAttentionParams {
 
   const int64_t* qo_rows;       // [cu_seqlens_q[num_groups]]: rows of q, group by group, in causal order
   const int64_t* cu_seqlens_q;  // [num_groups + 1]
-  const Segment* segments;      // [num_groups]
+  const KeyRanges* key_ranges;  // [num_groups]
 
   // What a device launcher may know of the lengths, since it reads no index.
   int64_t num_queries;  // length of qo_rows
@@ -52,7 +52,7 @@ void launch_branched_prefill_cpu(const BranchedAttentionParams& params, Parallel
 void launch_branched_decode_cpu(const BranchedAttentionParams& params, ParallelFor parallel_for);
 
 // CUDA: bfloat16 and float16 and head_dim 64 and 128, else std::invalid_argument. K, V and out: 16-byte aligned, with
-// strides to match; q: any. num_queries * group_size < 2^31. Rows of out and lse in no group are written too (0 and
+// strides to match; q: any. num_queries * heads_per_kv < 2^31. Rows of out and lse in no group are written too (0 and
 // -infinity) where num_queries < num_rows.
 void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream);
 

@@ -1,7 +1,18 @@
 // The C functions of the op libraries, which Python calls by name.
 #pragma once
 
+namespace fmd {
+
+// Of all ops' schemas together: one more whenever an op comes, goes, or changes its arguments, results or their
+// meaning. The package refuses libraries of another version: SCHEMA_VERSION in fmd_ext/ops/library.py.
+constexpr int kSchemaVersion = 2;
+
+}  // namespace fmd
+
 extern "C" {
+
+// In both libraries: kSchemaVersion of its sources.
+__attribute__((visibility("default"))) int fmd_ext_schema_version();
 
 // Chooses the instruction set of the CPU kernels: "baseline", "avx2", "avx512", or "auto" for the best one that this
 // CPU has, which is also what runs when nothing was chosen. Returns null, or the reason why the choice is impossible.

@@ -49,19 +49,19 @@ def _rope_append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, de
         return rotated(q, cos, sin)
 
     def fused(q: Tensor, own: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned = torch.empty_like(q)
-        ops.rope_append_(own[0], own[1], turned, q, k, v, cos, sin, slots)
-        return turned
+        q_out = torch.empty_like(q)
+        ops.rope_append_(own[0], own[1], q_out, q, k, v, cos, sin, slots)
+        return q_out
 
     exact_pools, plain_pools = pools.double(), pools.clone()
     exact = eager(queries.double(), exact_pools, *(x.double() for x in (*new, cos, sin)))
     plain = eager(queries, plain_pools, *new, cos, sin)
     reference = Reference.beside([exact, exact_pools[:, :, slots]], [plain, plain_pools[:, :, slots]])
 
-    def candidate(name: str, turn) -> Candidate:
+    def candidate(name: str, run) -> Candidate:
         own = pools.clone()
-        step = Step(lambda: turn(queries, own, *new, cos, sin))
-        return Candidate(name, step, lambda turned: [turned, own[:, :, slots]], reference)
+        step = Step(lambda: run(queries, own, *new, cos, sin))
+        return Candidate(name, step, lambda q_out: [q_out, own[:, :, slots]], reference)
 
     candidates = [candidate("fmd_ext", fused), candidate("eager, append_", beside), candidate("eager PyTorch", eager)]
     heads = {"query heads": size.num_qo_heads, "kv heads": size.num_kv_heads}

@@ -71,10 +71,10 @@ void attention(bool decode) {
   p.v = v.at<void>(number());
   p.v_stride_head = number();
   p.v_stride_slot = number();
-  const Array qo_rows = Array::read(), cu_seqlens_q = Array::read(), segments = Array::read();
+  const Array qo_rows = Array::read(), cu_seqlens_q = Array::read(), key_ranges = Array::read();
   p.qo_rows = qo_rows.at<int64_t>();
   p.cu_seqlens_q = decode ? nullptr : cu_seqlens_q.at<int64_t>();
-  p.segments = segments.at<fmd::Segment>();
+  p.key_ranges = key_ranges.at<fmd::KeyRanges>();
   const Array out = Array::read(), lse = Array::read();  // what they hold before the call
   p.out = out.at<void>();
   p.out_stride_row = p.num_qo_heads * p.head_dim;

@@ -44,12 +44,12 @@ inline void mbarrier_wait(uint64_t* barrier, int parity) {
 }
 
 template <int kRegisters>
-void give_registers() {}
+void setmaxnreg_dec() {}
 template <int kRegisters>
-void take_registers() {}
+void setmaxnreg_inc() {}
 
 template <typename T, int kCount>
-void wgmma_settle(T (&)[kCount]) {}
+void wgmma_fence_operand(T (&)[kCount]) {}
 inline void wgmma_fence() { host::current_thread().wgmma_fenced = true; }
 
 template <typename T, int kN>
