@@ -52,7 +52,7 @@ class LayerPlan:
     """Which keys each row sees, and where its own key goes, in one kind of layer (before or after the merge).
 
     Tensors: ``qo_rows`` [rows in groups], ``cu_seqlens_q`` [groups + 1], ``key_ranges`` [groups, 4] (kv_start, kv_len,
-    prefix_start, prefix_len) and ``slots`` [rows], all int64; see ``csrc/include/fmd/params.h``.
+    prefix_start, prefix_len) and ``slots`` [rows], all int64; see ``csrc/include/fmd/branched_attention.h``.
 
     Args:
         kind: ``"fork"`` (before the merge) or ``"trunk"``; the prefix of the tensors' names in ``arrays``.

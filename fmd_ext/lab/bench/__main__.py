@@ -21,8 +21,7 @@ ATTENTION_OPS, MODEL_CALLS = (
     ("branched_prefill", "branched_decode"),
     ("model_prefill", "model_decode", "model_generate"),
 )
-FUSED_OPS = ("rope_append_", "merge_norm_")
-OPS = ("append_", *ATTENTION_OPS, "merge_", *FUSED_OPS, *MODEL_CALLS)
+OPS = ("append_", *ATTENTION_OPS, "merge_", "rope_append_", *MODEL_CALLS)
 DTYPES = ("float32", "bfloat16", "float16")
 SECONDS_PER_CASE, SECONDS_PER_QUICK_CASE = 5.0, 0.05
 WRONG_OUTPUT, USER_ERROR = 1, 2
@@ -36,7 +35,7 @@ def build_cases(workload: Workload, dtype: torch.dtype, device: torch.device, op
         (("append_",), row_cases.append_cases),
         (ATTENTION_OPS, attention_cases.cases),
         (("merge_",), row_cases.merge_cases),
-        (FUSED_OPS, fused_cases.cases),
+        (("rope_append_",), fused_cases.cases),
     )
     for names, build in builders:
         if ops.intersection(names):

@@ -83,10 +83,10 @@ def eager_attention(
 ) -> Tensor:
     """Masked softmax attention, group by group: q [rows, heads, head_dim], pools [kv_heads, slots, head_dim]."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    group_size = q.shape[1] // k.shape[0]
+    heads_per_kv = q.shape[1] // k.shape[0]
     for group, visible in zip(groups, masks, strict=True):
-        keys = k[:, group.slots].repeat_interleave(group_size, dim=0)
-        values = v[:, group.slots].repeat_interleave(group_size, dim=0)
+        keys = k[:, group.slots].repeat_interleave(heads_per_kv, dim=0)
+        values = v[:, group.slots].repeat_interleave(heads_per_kv, dim=0)
         scores = q[group.rows].transpose(0, 1) @ keys.transpose(1, 2) * scale
         if visible is not None:
             scores.masked_fill_(~visible, -torch.inf)
