@@ -243,7 +243,9 @@ def _decode(
 
 
 def _named(streams: Sequence[av.stream.Stream]) -> str:
-    names = [stream.codec.name if _has_decoder(stream) else "of a codec that FFmpeg does not know" for stream in streams]
+    names = [
+        stream.codec.name if _has_decoder(stream) else "of a codec that FFmpeg does not know" for stream in streams
+    ]
     return " and ".join(f"{stream.type} stream ({name})" for stream, name in zip(streams, names, strict=True))
 
 
