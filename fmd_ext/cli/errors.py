@@ -38,6 +38,12 @@ def check_target(path: str | Path | None) -> None:
             raise UserError(f"{path}: there is no folder {Path(path).parent} to write it in")
 
 
+def check_folder(path: str | Path | None) -> None:
+    """Raises UserError where a folder to write files in cannot be made, since there is a file of that name."""
+    if path is not None and Path(path).is_file():
+        raise UserError(f"{path} is a file, not a folder to write in")
+
+
 @contextlib.contextmanager
 def notes_from_log() -> Iterator[None]:
     """Within this context what our own code logs as a warning is one line on stderr."""
@@ -72,11 +78,11 @@ class _Notes(logging.StreamHandler):
 
 
 @contextlib.contextmanager
-def notes_from_warnings() -> Iterator[None]:
+def notes_from_warnings(tell: bool = True) -> Iterator[None]:
     """A warning within this context is one line on stderr at its end, without the place in our code that it comes from.
 
     Of those that come from one place, such as one for each clip of a benchmark, the first few are told, and how many
-    more there were.
+    more there were. ``tell``: False for a call whose warnings were told before.
     """
     caught: list[warnings.WarningMessage] = []
     try:
@@ -86,7 +92,7 @@ def notes_from_warnings() -> Iterator[None]:
             yield
     finally:
         places: dict[tuple[str, int], list[str]] = {}
-        for warning in caught:
+        for warning in caught if tell else ():
             places.setdefault((warning.filename, warning.lineno), []).append(str(warning.message))
         for messages in places.values():
             more = [f"{len(messages) - MOST_ALIKE} more like this"] * (len(messages) > MOST_ALIKE)
