@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 
 from fmd_ext import __version__
 from fmd_ext.cli.errors import UserError, notes_from_log
+from fmd_ext.cli.extras import check_extras, uses_built_in_model
 
 USER_ERROR, INTERRUPTED = 2, 130
+TOY_MODEL = "the built-in toy model answers, trained on synthetic clips of eight kinds of objects"
 LAB_COMMANDS = ("calibrate", "curves", "demo", "diagnose", "eval")  # their code lies in fmd_ext.lab.cli
 
 
@@ -20,9 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 1 (doctor found something wrong), 2 (wrong input) or 130 (Ctrl-C)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    # Only now: the commands import transformers, which takes seconds that --help does not need.
-    command = importlib.import_module(f"fmd_ext.{'lab.' if args.command in LAB_COMMANDS else ''}cli.{args.command}")
     try:
+        if uses_built_in_model(args):
+            print(f"note: {TOY_MODEL}; --model NAME takes another", file=sys.stderr)
+        check_extras(args)
+        # Only now: the commands import transformers, which takes seconds that --help does not need.
+        command = importlib.import_module(f"fmd_ext.{'lab.' if args.command in LAB_COMMANDS else ''}cli.{args.command}")
         with notes_from_log():
             return command.run(args)
     except UserError as error:
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_method(ask)
     _add_model(ask)
     _add_generation(ask, max_new_tokens=128)
-    _add_reading(ask)
+    _add_reading(ask, one_clip=True)
     _add_debug(ask)
 
     demo = commands.add_parser("demo", help="show the method on the small built-in model, about clips it never saw")
@@ -89,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_method(diagnose)
     _add_model(diagnose)
     _add_generation(diagnose, max_new_tokens=32)
-    _add_reading(diagnose)
+    _add_reading(diagnose, one_clip=True)
     _add_debug(diagnose)
 
     doctor = commands.add_parser("doctor", help="say what is installed, which code the ops run, and what is wrong")
@@ -102,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--fork-layers", type=_whole, metavar="N", help="decoder layers that run once per branch")
     _add_model(verify)
     _add_generation(verify, max_new_tokens=8)
-    _add_reading(verify)
+    _add_reading(verify, one_clip=True)
     _add_debug(verify)
     return parser
 
@@ -182,8 +187,13 @@ def _add_calibrate(commands: Any) -> None:
     _add_debug(parser)
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_reading(parser: argparse.ArgumentParser, one_clip: bool = False) -> None:
+    """``one_clip``: the command reads a clip that the user names, whose tracks they know."""
     group = parser.add_argument_group("reading the clip")
+    if one_clip:
+        group.add_argument(
+            "--audio-track", type=_count, metavar="N", help="the sound track that is heard, from 0 (the first)"
+        )
     group.add_argument(
         "--fps", type=_positive_float, metavar="N", help="frames per second shown to the model (2, or the model's)"
     )
@@ -213,7 +223,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="folder or hub name (default: a tiny built-in one)")
+    group.add_argument("--model", metavar="NAME", help="folder or hub name (default: a toy model, built in)")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="(%(default)s)"
     )

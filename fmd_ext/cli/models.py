@@ -6,19 +6,25 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import queue
 import re
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from huggingface_hub import utils as hub_utils
 from transformers.utils import logging as transformers_logging
 
 from fmd_ext.adapters import find_adapter
 from fmd_ext.cli.errors import UserError, blaming_input
 from fmd_ext.config import FMDConfig
 
+HUB_SECONDS = 5  # that the hub has to answer in
 RANDOM_MARK = "random_weights"  # an entry of a configuration: these weights were never trained
 
 
@@ -53,9 +59,10 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     if source is not None:
         if _is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
-        return _load(source, source, dtype, target)
+        with _progress_bars(sys.stderr.isatty()), reachable(source):
+            return _load(source, source, dtype, target)
     trained = lab_module("trained", "the built-in model")
-    with _no_progress_bars():
+    with _progress_bars(False):  # it is there in less than a second
         torch.set_num_threads(1)
         loaded = _load(str(trained.MODEL), "built-in model, trained on synthetic clips", dtype, target)
     return dataclasses.replace(loaded, settings=FMDConfig.from_file(trained.SETTINGS))
@@ -85,7 +92,11 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
     processor_class = getattr(model_class, "processor_class", transformers.AutoProcessor)
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
         processor = processor_class.from_pretrained(source)
-    with blaming_input(OSError, ValueError, prefix=f"weights of {name}: "), _no_load_report():
+    # A quantisation whose library is missing is an ImportError; one that does not run here may be a RuntimeError.
+    with (
+        blaming_input(OSError, ValueError, ImportError, RuntimeError, prefix=f"weights of {name}: "),
+        _no_load_report(),
+    ):
         model, report = model_class.from_pretrained(source, dtype=torch_dtype, output_loading_info=True, **placement)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -133,12 +144,59 @@ def _no_load_report() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """The built-in model is there in less than a second."""
+def _progress_bars(wanted: bool) -> Iterator[None]:
+    """Whether transformers and the hub's client show how far they are."""
     was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    hub_was_off = hub_utils.are_progress_bars_disabled()
+    if not wanted:
+        transformers_logging.disable_progress_bar()
+        hub_utils.disable_progress_bars()
     try:
         yield
     finally:
         if was_on:
             transformers_logging.enable_progress_bar()
+        if not hub_was_off:
+            hub_utils.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def reachable(source: str) -> Iterator[None]:
+    """Within this context a model of the hub is downloaded, or taken from the cache at once where there is no network.
+
+    The hub's client alone tries each file again and again, for over a minute.
+
+    Raises UserError where neither the hub nor the cache has it.
+    """
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    reason = "" if Path(source).is_dir() or offline else _why_unreachable()
+    if not reason:
+        yield
+        return
+    if not isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+        raise UserError(f"model {source}: no such folder, not in the cache, and the hub cannot be reached: {reason}")
+    print(f"note: the hub cannot be reached ({reason}): {source} comes from the cache", file=sys.stderr)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = offline
+
+
+def _why_unreachable() -> str:
+    """Why the hub does not answer within seconds; "" if it does. In a thread: looking up a name knows no timeout."""
+    answers: queue.Queue[str] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            endpoint = huggingface_hub.constants.ENDPOINT
+            status = hub_utils.get_session().head(endpoint, timeout=HUB_SECONDS).status_code
+            answers.put(f"it answers with status {status}" if status >= 500 else "")
+        except Exception as error:  # of the client's HTTP library, which differs between its versions
+            answers.put(str(error) or type(error).__name__)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=HUB_SECONDS)
+    except queue.Empty:
+        return f"no answer within {HUB_SECONDS} s"

@@ -11,10 +11,29 @@ from rich.text import Text
 
 from fmd_ext.cli.answer import Answer
 from fmd_ext.config import AUTO, FMDConfig
+from fmd_ext.inputs.media import Clip
 
 
 def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
+
+
+def described(clip: Clip) -> str:
+    """What a model is shown and hears of a clip, in one line."""
+    parts = []
+    if clip.frames is not None:
+        count = len(clip.frames)
+        parts.append(f"{count} frame{'s' * (count > 1)}, {clip.fps:.2g} per second")
+    if clip.audio is not None:
+        parts.append(f"{len(clip.audio) / clip.sampling_rate:.1f} s of sound")
+    return f"the clip gives {'; '.join(parts)}"
+
+
+def cut_off(*answers: Answer) -> None:
+    """Says so where an answer has no end."""
+    longest = max((answer.num_tokens for answer in answers if not answer.is_whole), default=None)
+    if longest is not None:
+        note(f"cut off at {longest} tokens: --max-new-tokens takes more")
 
 
 def describe(config: FMDConfig, num_layers: int) -> str:

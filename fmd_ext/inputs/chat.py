@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from fmd_ext.inputs.media import Clip, load_clip
@@ -127,13 +128,16 @@ def prepare_batch(
         media["videos_kwargs"] = _video_arguments(processor, rates.pop(), frame_pixels)
     heard = [clip for clip in clips if clip.audio is not None]
     if heard:
-        for clip in heard:
-            check_sound(processor.feature_extractor, clip, stacklevel=3)
-        media["audio"] = [clip.audio for clip in heard]
+        media["audio"] = [_sound_of(clip, processor.feature_extractor) for clip in heard]
     if interleaved:
         media.update(_interleaving_arguments(processor, len(filmed)))
 
     inputs = dict(processor(text=texts, return_tensors="pt", padding=True, **media))
+    if heard:
+        frames = inputs["feature_attention_mask"].sum(-1).tolist()
+        for clip, count in zip(heard, frames, strict=True):
+            # Measured, not foretold: one model's processor cuts the sound at its extractor's window, another does not.
+            _warn_of_unheard(clip, count * processor.feature_extractor.hop_length, stacklevel=3)
     if interleaved:
         inputs["use_audio_in_video"] = True
     return inputs
@@ -205,19 +209,32 @@ def _video_arguments(processor: Any, fps: float, frame_pixels: tuple[int, int] |
     return arguments
 
 
+def _sound_of(clip: Clip, extractor: Any) -> np.ndarray:
+    """The clip's sound, float32 [samples], of at least one window of the spectrum: models make no token of less.
+
+    Raises ValueError for a sampling rate other than the extractor's.
+    """
+    check_sampling_rate(clip, extractor.sampling_rate)
+    return np.pad(clip.audio, (0, max(0, extractor.n_fft - clip.audio.size)))
+
+
 def check_sound(extractor: Any, clip: Clip, stacklevel: int) -> None:
     """Raises ValueError for a sampling rate other than the extractor's; warns of sound beyond its window.
 
     Args:
-        extractor: Whisper's feature extractor, with ``sampling_rate`` and ``n_samples``.
+        extractor: Whisper's feature extractor, with ``sampling_rate`` and ``n_samples``, where it cuts the sound.
         stacklevel: of the warning, counted from the caller.
     """
     check_sampling_rate(clip, extractor.sampling_rate)
-    if clip.audio.size > extractor.n_samples:
-        seconds = extractor.n_samples / extractor.sampling_rate
-        heard = clip.audio.size / clip.sampling_rate
+    _warn_of_unheard(clip, extractor.n_samples, stacklevel + 1)
+
+
+def _warn_of_unheard(clip: Clip, samples: int, stacklevel: int) -> None:
+    """Warns where the model hears ``samples`` only, and a frame of the spectrum (10 ms) or more is left."""
+    if clip.audio.size - samples >= clip.sampling_rate // 100:
+        heard, whole = samples / clip.sampling_rate, clip.audio.size / clip.sampling_rate
         warnings.warn(
-            f"the model hears only the first {seconds:g} s of {heard:.1f} s of sound", stacklevel=stacklevel + 1
+            f"the model hears only the first {heard:g} s of {whole:.1f} s of sound", stacklevel=stacklevel + 1
         )
 
 

@@ -1,19 +1,25 @@
-"""Reads a clip into sampled frames and a mono waveform. PyAV (FFmpeg) does the decoding."""
+"""Reads a clip into sampled frames and a mono waveform. PyAV (FFmpeg) does the decoding.
+
+Why not a library's reader: transformers' ``load_video`` (5.23) counts frames by the container's header (which has no
+number in Matroska), times them by the mean rate and leaves pictures on their side; its ``load_audio`` reads no sound
+out of video files. Both can use torchcodec, whose published wheel (0.17) loads beside a CUDA build of torch only and
+needs FFmpeg's libraries on the system; PyAV's wheel brings its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import av.stream
 import numpy as np
 from tqdm import tqdm
+
+from fmd_ext.inputs.frames import FrameChoice, FrameReader, Timeline, check_above_zero
+from fmd_ext.inputs.sound import SoundReader
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +79,7 @@ def load_clip(
     num_frames: int | None = None,
     edge_seconds: int | None = None,
     pick: Callable[[int, float], Sequence[int]] | None = None,
+    audio_track: int | None = None,
     sampling_rate: int = 16000,
     max_pixels: int = 1_000_000,
     progress: bool = True,
@@ -95,36 +102,34 @@ def load_clip(
             ``fps`` and ``max_frames`` have no effect then; the clip's ``fps`` is 2.
         pick: gets how many frames the picture has and how many it shows per second, returns the numbers (from 0,
             ascending) of those to keep. ``fps`` and ``max_frames`` have no effect then.
+        audio_track: number of the sound track that is heard, from 0; None: the first.
         sampling_rate: rate to which the sound is resampled (mono: the mean of the channels), samples per second.
         max_pixels: frames with more pixels are scaled down to about so many (width and height alike).
         progress: show a progress bar on stderr once reading takes over a second.
 
     Returns:
-        A clip whose ``frames`` or ``audio`` is None where the file has no such stream.
+        A clip whose ``frames`` or ``audio`` is None where the file has no such stream, or nothing in it can be decoded.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
-        MediaError: the file is no media, has neither picture nor sound, or nothing in a stream can be decoded.
+        MediaError: the file is no media, has neither picture nor sound, or neither can be decoded; there is no such
+            ``audio_track``.
         ValueError: an argument out of range.
     """
-    _check_above_zero(fps=fps, max_frames=max_frames, sampling_rate=sampling_rate, max_pixels=max_pixels)
-    rules = {"num_frames": num_frames, "edge_seconds": edge_seconds, "pick": pick}
-    given = [name for name, rule in rules.items() if rule is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other")
-    if num_frames is not None:
-        _check_above_zero(num_frames=num_frames)
-        pick = functools.partial(_middles_of, int(num_frames))
-    if edge_seconds is not None:
-        _check_above_zero(edge_seconds=edge_seconds)
+    choice = FrameChoice(fps, max_frames, num_frames, edge_seconds, pick)
+    check_above_zero(sampling_rate=sampling_rate, max_pixels=max_pixels)
     with _opened(path) as container:
-        rule = (pick, edge_seconds)
-        return _read(container, Path(path), fps, max_frames, *rule, int(sampling_rate), int(max_pixels), progress)
+        video, audio = _streams(container, path, audio_track)
+        if audio_track is None and len(container.streams.audio) > 1:
+            count = len(container.streams.audio)
+            logger.warning("%s has %d sound tracks, the first is heard: audio_track chooses another", path, count)
+        return _read(container, Path(path), video, audio, choice, int(sampling_rate), int(max_pixels), progress)
 
 
-def check_clip(path: str | Path) -> None:
-    """Raises what `load_clip` raises for a file that is missing or no media, without decoding it."""
-    _opened(path).close()
+def check_clip(path: str | Path, audio_track: int | None = None) -> None:
+    """Raises what `load_clip` raises for a file that is missing or no media, or lacks that track, without decoding."""
+    with _opened(path) as container:
+        _streams(container, path, audio_track)
 
 
 def clip_seconds(path: str | Path | None) -> float:
@@ -152,50 +157,77 @@ def _opened(path: str | Path) -> av.container.InputContainer:
     return container
 
 
+def _streams(
+    container: av.container.InputContainer, path: str | Path, audio_track: int | None
+) -> tuple[av.VideoStream | None, av.AudioStream | None]:
+    """The picture and the chosen sound."""
+    video = next((stream for stream in container.streams.video if not _is_cover_picture(stream)), None)
+    tracks = container.streams.audio
+    if audio_track is not None and not 0 <= audio_track < len(tracks):
+        raise MediaError(f"{path} has {len(tracks)} sound tracks, counted from 0; there is no track {audio_track}")
+    if video is None and not tracks:
+        raise MediaError(f"{path} has neither a video nor an audio stream")
+    return video, tracks[audio_track or 0] if tracks else None
+
+
 def _read(
     container: av.container.InputContainer,
     path: Path,
-    fps: float,
-    max_frames: int,
-    pick: Callable[[int, float], Sequence[int]] | None,
-    edge_seconds: int | None,
+    video: av.VideoStream | None,
+    audio: av.AudioStream | None,
+    choice: FrameChoice,
     sampling_rate: int,
     max_pixels: int,
     progress: bool,
 ) -> Clip:
-    video = next((stream for stream in container.streams.video if not _is_cover_picture(stream)), None)
-    audio = next(iter(container.streams.audio), None)
-    streams = [stream for stream in (video, audio) if stream is not None]
-    if not streams:
-        raise MediaError(f"{path} has neither a video nor an audio stream")
+    timeline = None
+    if _has_decoder(video):
+        timeline = Timeline.of_packets(_packets(container, [video]), video)
+    fps, frames, sound = choice.fps, None, SoundReader(sampling_rate)
+    if timeline is not None:
+        numbers, fps = choice.numbers_of(timeline)
+        frames = FrameReader(timeline, numbers, max_pixels)
+    _decode(container, path, {video: frames, audio: sound if _has_decoder(audio) else None}, progress)
 
-    duration = _duration(container, streams)
-    if video is None:
-        frames = None
-    elif pick is not None:
-        total = _count_packets(container, video)
-        frames = _NumberSampler(video, list(pick(total, float(video.average_rate or 25))), max_pixels)
-    elif edge_seconds is not None:
-        seconds = video.duration * video.time_base if video.duration else Fraction(duration)
-        frames = _EdgeSampler(video, _seconds(seconds)[: int(edge_seconds)], max_pixels)
-    else:
-        if duration * fps > max_frames:
-            fps = max_frames / duration
-        frames = _FrameSampler(video, fps, int(max_frames), max_pixels)
-    samples = _AudioReader(sampling_rate) if audio is not None else None
-    if video is not None:
-        video.thread_type = "AUTO"
+    picture = None if frames is None else frames.finish()
+    waveform = sound.finish(timeline.origin if picture is not None else None)
+    if sound.channels > 2:
+        logger.warning("%s: the mean of its %d channels of sound is heard", path, sound.channels)
+    empty = [s for s, content in ((video, picture), (audio, waveform)) if s is not None and content is None]
+    if picture is None and waveform is None:
+        raise MediaError(f"{path}: nothing in its {_named(empty)} can be decoded")
+    if empty:
+        logger.warning("%s: nothing in its %s can be decoded, the rest is taken", path, _named(empty))
+    seconds = max(
+        0.0 if picture is None else float(timeline.duration), 0.0 if waveform is None else len(waveform) / sampling_rate
+    )
+    said = _duration(container, [stream for stream in (video, audio) if stream is not None])
+    if seconds < 0.9 * said:
+        logger.warning("%s says it lasts %.1f s, but only %.1f s can be read", path, said, seconds)
+    return Clip(picture, float(fps), waveform, sampling_rate, seconds, path)
 
+
+def _decode(
+    container: av.container.InputContainer,
+    path: Path,
+    readers: dict[av.stream.Stream | None, FrameReader | SoundReader | None],
+    progress: bool,
+) -> None:
+    """Hands all that can be decoded of each stream to its reader."""
+    streams = [stream for stream, reader in readers.items() if stream is not None and reader is not None]
+    for stream in streams:
+        if stream.type == "video":
+            stream.thread_type = "AUTO"
     broken = 0
     with tqdm(
-        total=max(duration, 0.1),
+        total=max(_duration(container, streams), 0.1),
         desc=f"reading {path.name}",
         bar_format="{desc}: {percentage:.0f} % |{bar}| {n:.0f} of {total:.0f} s",
         delay=1.0,
         leave=False,
-        disable=not progress,
+        disable=None if progress else True,  # None: only on a terminal
     ) as bar:
-        for packet in container.demux(streams):
+        for packet in container.demux(streams) if streams else ():
             try:
                 decoded = packet.decode()
             except av.FFmpegError as error:
@@ -203,177 +235,27 @@ def _read(
                 logger.debug("%s: a packet cannot be decoded: %s", path, error)
                 continue
             for frame in decoded:
-                (frames if packet.stream is video else samples).add(frame)
+                readers[packet.stream].add(frame)
                 if frame.time is not None and frame.time > bar.n:
                     bar.update(min(frame.time, bar.total) - bar.n)
-
-    picture = frames.finish() if frames is not None else None
-    waveform = samples.finish(frames.origin if frames is not None else None) if samples is not None else None
-    for stream, content in ((video, picture), (audio, waveform)):
-        if stream is not None and content is None:
-            raise MediaError(f"{path}: nothing in its {stream.type} stream ({stream.codec.name}) can be decoded")
     if broken:
         logger.warning("%s is damaged: %d packets could not be decoded and were left out", path, broken)
-    seconds = [frames.end] if frames is not None else []
-    seconds += [len(waveform) / sampling_rate] if waveform is not None else []
-    if max(seconds) < 0.9 * duration:
-        logger.warning("%s says it lasts %.1f s, but only %.1f s can be read", path, duration, max(seconds))
-    if picture is not None and pick is not None:
-        fps = len(picture) / frames.end
-    elif edge_seconds is not None:
-        fps = 2.0
-    return Clip(picture, float(fps), waveform, sampling_rate, max(seconds), path)
 
 
-class _FrameSampler:
-    """Gets every decoded frame, keeps those on show at times k / fps, counted from the first frame."""
-
-    def __init__(self, stream: av.VideoStream, fps: float, max_frames: int, max_pixels: int) -> None:
-        self.fps, self.max_frames, self.max_pixels = fps, max_frames, max_pixels
-        self.frame_seconds = float(1 / (stream.average_rate or Fraction(25)))
-        self.origin: float | None = None  # time stamp of the first frame, seconds
-        self.end = 0.0  # seconds from the origin at which the last frame ends
-        self._latest: av.VideoFrame | None = None
-        self._kept: list[np.ndarray] = []
-
-    def add(self, frame: av.VideoFrame) -> None:
-        time = frame.time if frame.time is not None else (self.origin or 0.0) + self.end
-        if self.origin is None:
-            self.origin = time
-        time -= self.origin
-        if time + self.frame_seconds <= self.end:
-            return  # out of order: a player would not show it either
-        self._keep_until(time)
-        self._latest = frame
-        self.end = time + self.frame_seconds
-
-    def finish(self) -> np.ndarray | None:
-        self._keep_until(self.end)
-        return np.stack(self._kept) if self._kept else None
-
-    def _keep_until(self, end: float) -> None:
-        """Keeps the latest frame for every sampling time before ``end``."""
-        if self._latest is None:
-            return
-        # Half a microsecond, so that a time stamp rounded to the file's time base is not taken for an earlier one.
-        due = min(math.ceil((end - 5e-7) * self.fps), self.max_frames) - len(self._kept)
-        if due > 0:
-            self._kept += [self._picture(self._latest)] * due
-
-    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
-        scale = min(1.0, math.sqrt(self.max_pixels / (frame.width * frame.height)))
-        width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
-        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-        if self._kept and not frame.rotation % 180 and image.shape != self._kept[0].shape:
-            height, width = self._kept[0].shape[:2]  # the size changes within the stream
-            image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
-        # Phones store pictures as the sensor sees them, with the angle by which to turn them (counterclockwise).
-        return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+def _named(streams: Sequence[av.stream.Stream]) -> str:
+    names = [
+        stream.codec.name if _has_decoder(stream) else "of a codec that FFmpeg does not know" for stream in streams
+    ]
+    return " and ".join(f"{stream.type} stream ({name})" for stream, name in zip(streams, names, strict=True))
 
 
-class _NumberSampler(_FrameSampler):
-    """Gets every decoded frame, keeps those with the given numbers (ascending, one may come twice)."""
-
-    def __init__(self, stream: av.VideoStream, numbers: list[int], max_pixels: int) -> None:
-        super().__init__(stream, fps=0.0, max_frames=len(numbers), max_pixels=max_pixels)
-        self._numbers = numbers
-        self._next = 0  # number of the frame that comes next
-
-    def add(self, frame: av.VideoFrame) -> None:
-        time = frame.time if frame.time is not None else (self.origin or 0.0) + self.end
-        self.origin = time if self.origin is None else self.origin
-        self.end = max(self.end, time - self.origin + self.frame_seconds)
-        self._latest = frame
-        due = self._numbers.count(self._next)
-        if due:
-            self._kept += [self._picture(frame)] * due
-        self._next += 1
-
-    def finish(self) -> np.ndarray | None:
-        missing = len(self._numbers) - len(self._kept)  # packets that gave no frame
-        if missing and self._latest is not None:
-            self._kept += [self._picture(self._latest)] * missing
-        return np.stack(self._kept) if self._kept else None
-
-
-class _EdgeSampler(_FrameSampler):
-    """Gets every decoded frame, keeps the first and the last in each of the time spans (start, end), start included."""
-
-    def __init__(self, stream: av.VideoStream, spans: list[tuple[Fraction, Fraction]], max_pixels: int) -> None:
-        super().__init__(stream, fps=2.0, max_frames=2 * len(spans), max_pixels=max_pixels)
-        self._edges: dict[tuple[Fraction, Fraction], list[av.VideoFrame]] = {span: [] for span in spans}
-        self._start: Fraction | None = None
-
-    def add(self, frame: av.VideoFrame) -> None:
-        time = Fraction(self.end) if frame.pts is None else frame.pts * frame.time_base
-        self._start = time if self._start is None else self._start
-        self.origin = float(self._start)
-        time -= self._start
-        self.end = max(self.end, float(time) + self.frame_seconds)
-        for (start, end), edges in self._edges.items():
-            if start <= time < end:
-                edges[1:] = [frame]
-
-    def finish(self) -> np.ndarray | None:
-        pictures = [[self._picture(edges[0]), self._picture(edges[-1])] for edges in self._edges.values() if edges]
-        return np.stack([picture for pair in pictures for picture in pair]) if pictures else None
-
-
-def _seconds(duration: Fraction) -> list[tuple[Fraction, Fraction]]:
-    """Spans of one second; the last one ends with the picture, and thereby overlaps the one before it."""
-    starts = [Fraction(k) for k in range(math.floor(duration))]
-    if duration % 1 or not starts:
-        starts.append(max(duration - 1, Fraction(0)))
-    return [(start, start + 1) for start in starts]
-
-
-def middles(total: int, count: int) -> list[int]:
-    """Numbers of the frames in the middle of ``count`` equal parts of frames 0 .. total - 1, as VideoLLaMA2 picks."""
-    part = (total - 1) / count
-    return [int(np.round(part * (2 * index + 1) / 2 + 1e-6)) for index in range(count)]
-
-
-def _middles_of(count: int, total: int, rate: float) -> list[int]:
-    return middles(total, count)
-
-
-class _AudioReader:
-    """Gets every decoded piece of sound, resamples it to mono float32."""
-
-    def __init__(self, sampling_rate: int) -> None:
-        self.sampling_rate = sampling_rate
-        self._resampler = av.AudioResampler(format="fltp", rate=sampling_rate)
-        self._start: float | None = None
-        self._pieces: list[np.ndarray] = []
-
-    def add(self, frame: av.AudioFrame) -> None:
-        if self._start is None:
-            self._start = frame.time or 0.0
-        self._extend(self._resampler.resample(frame))
-
-    def finish(self, origin: float | None) -> np.ndarray | None:
-        """The waveform, beginning at ``origin`` (seconds; None: where the sound begins)."""
-        if self._start is None:
-            return None
-        self._extend(self._resampler.resample(None))
-        waveform = np.concatenate(self._pieces) if self._pieces else np.zeros(0, np.float32)
-        shift = 0 if origin is None else round((self._start - origin) * self.sampling_rate)
-        waveform = np.pad(waveform, (shift, 0)) if shift > 0 else waveform[-shift:]
-        return np.ascontiguousarray(waveform, dtype=np.float32) if waveform.size else None
-
-    def _extend(self, frames: list[av.AudioFrame]) -> None:
-        # The mean of the channels, as models are trained on; FFmpeg's own mix is louder, up to clipping.
-        self._pieces.extend(frame.to_ndarray().mean(axis=0) for frame in frames)
+def _has_decoder(stream: av.stream.Stream | None) -> bool:
+    return stream is not None and stream.codec_context is not None
 
 
 def _is_cover_picture(stream: av.VideoStream) -> bool:
     """Music files carry their cover as a video stream of one picture."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _count_packets(container: av.container.InputContainer, video: av.VideoStream) -> int:
-    """Frames of the stream, for each packet holds one. Reads the file without decoding it."""
-    return max(sum(1 for packet in _packets(container, [video]) if packet.size), 1)
 
 
 def _duration(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> float:
@@ -395,11 +277,3 @@ def _packets(container: av.container.InputContainer, streams: list[av.stream.Str
     the first samples of a sound."""
     with av.open(container.name, **_ANY_METADATA) as again:
         yield from again.demux([again.streams[stream.index] for stream in streams])
-
-
-def _check_above_zero(**arguments: float) -> None:
-    for name, value in arguments.items():
-        if not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        if name != "fps" and value != int(value):
-            raise ValueError(f"{name} must be a whole number, got {value!r}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,9 @@ from fmd_ext.inputs.chat import (
     speech_inputs,
 )
 from fmd_ext.inputs.media import Clip
-from fmd_ext.lab.tiny import tiny_processor, write_clip
+from fmd_ext.lab.tiny import tiny_processor, tiny_thinker, write_clip
+from fmd_ext.lab.tiny.processor import tiny_qwen3_processor
+from fmd_ext.lab.tiny.qwen3_omni import tiny_qwen3_thinker
 
 
 class Echo:
@@ -98,3 +103,27 @@ def test_clips_are_read_as_the_model_wants_them(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", seconds=1.0)
     assert len(load_clip_for(Echo(), path, fps=10.0, max_frames=100).frames) == 3
     assert len(load_clip_for(tiny_processor(), path, fps=10.0).frames) == 10
+
+
+@pytest.mark.parametrize("make", [(tiny_thinker, tiny_processor), (tiny_qwen3_thinker, tiny_qwen3_processor)])
+@pytest.mark.parametrize("samples", [1, 100, 320, 400])
+def test_sound_shorter_than_a_window_is_padded_with_silence(make, samples):
+    model, processor = (one() for one in make)
+    clip = Clip(np.zeros((4, 56, 56, 3), np.uint8), 2.0, np.full(samples, 0.1, np.float32), 16000, 2.0)
+    padded = dataclasses.replace(clip, audio=np.pad(clip.audio, (0, 400 - samples)))
+    given, expected = (prepare_inputs(processor, one, "What?") for one in (clip, padded))
+    assert given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in given)
+    assert model.generate(**given, max_new_tokens=1, do_sample=False).shape[1] == given["input_ids"].shape[1] + 1
+
+
+def test_what_is_not_heard_is_measured():
+    """Qwen2.5-Omni's processor cuts the sound at its extractor's window; Qwen3-Omni's hears all of it."""
+    clip = Clip(None, 1.0, np.zeros(33 * 16000, np.float32), 16000, 33.0)
+    with pytest.warns(UserWarning, match="hears only the first 30 s of 33.0 s of sound"):
+        inputs = prepare_inputs(tiny_processor(), clip, "What?")
+    assert inputs["feature_attention_mask"].sum() == 3000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inputs = prepare_inputs(tiny_qwen3_processor(), clip, "What?")
+        prepare_inputs(tiny_processor(), dataclasses.replace(clip, audio=clip.audio[: 30 * 16000 + 159]), "What?")
+    assert inputs["feature_attention_mask"].sum() == 3300

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, WhisperFeatureExtr
 import fmd_ext.models
 from fmd_ext.cli.main import main
 from fmd_ext.inputs.chat import last_question_token, load_clip_for, prepare_batch, prepare_inputs
-from fmd_ext.inputs.media import Clip, _seconds
+from fmd_ext.inputs.frames import each_second
+from fmd_ext.inputs.media import Clip
 from fmd_ext.inputs.sample_clip import write_clip
 from fmd_ext.models.beats import fbank
 from fmd_ext.models.video_salmonn import VideoSalmonnProcessor, load_official
@@ -52,7 +53,7 @@ def test_frames_are_those_of_the_official_sampling(name):
     clip = json.loads(str(RECORDED["frame_numbers"]))[name]
     times = [Fraction(number) / Fraction(clip["fps"]) for number in range(clip["frames"])]
     found = []
-    for start, end in _seconds(Fraction(str(clip["duration"]))):
+    for start, end in each_second(Fraction(str(clip["duration"]))):
         inside = [number for number, time in enumerate(times) if start <= time < end]
         found += [inside[0], inside[-1]]
     assert found == clip["numbers"]

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoProcessor
 
 from fmd_ext.inputs.chat import ClipProcessor, load_clip_for, prepare_inputs
-from fmd_ext.inputs.media import Clip, middles
+from fmd_ext.inputs.frames import middles
+from fmd_ext.inputs.media import Clip
 from fmd_ext.models.videollama2 import VideoLlama2Processor
 from fmd_ext.models.videollama2.processing import window_cuts
 from videollama2_recorded import CLIP, KINDS, QUESTION, RECORDED, SMALL, write_official_folder

@@ -9,19 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fmd_ext.cli.errors import blaming_input
+from fmd_ext.cli.errors import blaming_input, check_target
+from fmd_ext.lab.diagnose import plots
 from fmd_ext.lab.diagnose.plots import Curve
+from fmd_ext.lab.eval.curves import curves_of, table_by
 from fmd_ext.lab.eval.predictions import Results
+from fmd_ext.lab.eval.scores import evaluate
 
 
 def run(args: argparse.Namespace) -> int:
-    with blaming_input(ImportError):
-        from fmd_ext.lab.diagnose import plots
-        from fmd_ext.lab.eval.curves import curves_of, table_by
-        from fmd_ext.lab.eval.scores import evaluate
-        from fmd_ext.lab.plotting import matplotlib_
-
-        matplotlib_()
+    check_target(args.json)
     with blaming_input(ValueError):
         panels = curves_of(table_by(evaluate(Results(args.results)), args.category))
     for label, lines in panels.items():

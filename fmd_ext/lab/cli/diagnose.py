@@ -13,14 +13,14 @@ from rich.table import Table
 
 from fmd_ext.cli import show
 from fmd_ext.cli.answer import check_context, config_from, generate, patched
-from fmd_ext.cli.ask import blaming_clip, inputs_for, read_clip
-from fmd_ext.cli.errors import UserError, blaming_input
+from fmd_ext.cli.ask import blaming_clip, check_settings, inputs_for, read_clip
+from fmd_ext.cli.errors import UserError, blaming_input, check_folder, check_target
 from fmd_ext.cli.models import load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.inputs.chat import last_question_token
 from fmd_ext.inputs.media import check_clip
 from fmd_ext.lab.calibration import PromptReading, read_prompt
-from fmd_ext.lab.diagnose import AttentionShare, attention_share
+from fmd_ext.lab.diagnose import AttentionShare, attention_share, plots
 
 VANILLA, FORKED = "vanilla", "fork-merge"
 
@@ -29,14 +29,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.question.strip():
         raise UserError("the question is empty")
     config = config_from(args)
-    plots = _plots() if args.plots else None  # before the work, where matplotlib is missing
+    check_target(args.json)
+    check_folder(args.plots)
     with blaming_clip():
-        check_clip(args.clip)
+        check_clip(args.clip, args.audio_track)
     loaded = load_model(args.model, args.dtype, args.device)
+    check_settings(loaded, args, config)
     clip = read_clip(args, loaded.processor)
     if loaded.is_random:
         show.note("this model's weights are random: its attention and its words mean nothing")
-    inputs = inputs_for(loaded, clip, args)
+    inputs = inputs_for(loaded, [clip], args)
     check_context(loaded, inputs, args.max_new_tokens)
     if clip.missing:
         show.note(f"the clip has no {clip.missing}, so nothing is forked")
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     reading = None
     if settings.masking == "zero":
         reading = read_prompt(loaded.model, inputs, mask_scale=settings.mask_scale)
-    flips = _same(answers[VANILLA].text) != _same(answers[FORKED].text)
+    flips = plain(answers[VANILLA].text) != plain(answers[FORKED].text)
 
     console = Console()
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
@@ -64,23 +66,16 @@ def run(args: argparse.Namespace) -> int:
         facts = _facts(answers, shares, flips, settings, reading)
         with blaming_input(OSError):
             Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    if plots is not None:
+    if args.plots is not None:
         with blaming_input(OSError):
             path = plots.share_per_layer(shares, Path(args.plots) / "attention_per_layer.png")
         print(f"plot: {path}")
+    show.cut_off(*answers.values())
     return 0
 
 
-def _plots() -> Any:
-    from fmd_ext.lab.diagnose import plots
-    from fmd_ext.lab.plotting import matplotlib_
-
-    with blaming_input(ImportError):
-        matplotlib_()
-    return plots
-
-
-def _same(text: str) -> str:
+def plain(text: str) -> str:
+    """For comparing answers: without case, the full stop at the end, and more than one blank between words."""
     return " ".join(text.casefold().split()).strip(" .")
 
 

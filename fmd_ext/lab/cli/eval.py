@@ -21,7 +21,6 @@ from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.hardware import cpu_model
-from fmd_ext.lab.cli.scores import show_evaluation, show_speed
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, load, select
 from fmd_ext.lab.eval.generation import Decoding
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
@@ -108,6 +107,7 @@ def _answer(
 
 
 def _score(args: argparse.Namespace, results: Results) -> int:
+    from fmd_ext.lab.cli.scores import show_evaluation, show_speed  # scipy is an extra that --list does not need
     from fmd_ext.lab.eval.scores import evaluate, write_scores
 
     with blaming_input(ResultsError, DataError, OSError):

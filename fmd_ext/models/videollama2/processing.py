@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, ProcessorMixin, SiglipImageProcessorPil
 
 from fmd_ext.inputs.chat import check_sampling_rate
-from fmd_ext.inputs.media import Clip, middles
+from fmd_ext.inputs.frames import middles
+from fmd_ext.inputs.media import Clip
 from fmd_ext.models.batching import padded_prompts, stacked
 from fmd_ext.models.beats import NUM_MEL_BINS, SAMPLING_RATE, fbank
 

@@ -1,0 +1,45 @@
+"""What a command needs beyond the package's own dependencies: told in one line, before anything is loaded or read."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from fmd_ext.cli.errors import UserError
+
+EXTRAS = {  # the module to look for, and the extra of the package that brings it
+    "torchvision": "omni",
+    "scipy": "eval",
+    "matplotlib": "plots",
+}
+
+
+def check_extras(args: argparse.Namespace) -> None:
+    """Raises UserError naming the first package that the command line needs and that is not installed."""
+    for module, purpose in _needed(args).items():
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"{purpose} needs {module}, which is not installed: pip install 'fmd-ext[{EXTRAS[module]}]'"
+            )
+
+
+def _needed(args: argparse.Namespace) -> dict[str, str]:
+    """The modules, and what each is for."""
+    if getattr(args, "list", False):
+        return {}
+    needed = {}
+    if args.command in ("eval", "calibrate", "curves") and not getattr(args, "check", False):
+        needed["scipy"] = f"fmd-ext {args.command}"
+    if args.command == "curves":
+        needed["matplotlib"] = "fmd-ext curves"
+    if getattr(args, "plots", None) is not None:
+        needed["matplotlib"] = "--plots"
+    if uses_built_in_model(args) or args.command == "demo":
+        needed["torchvision"] = "the built-in model's video processor, which is transformers',"
+    return needed
+
+
+def uses_built_in_model(args: argparse.Namespace) -> bool:
+    """Whether the command answers by a model and none is named."""
+    idle = any(getattr(args, name, False) for name in ("list", "check", "score_only"))
+    return not idle and getattr(args, "model", "") is None
