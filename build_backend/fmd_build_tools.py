@@ -320,7 +320,7 @@ def cmake_definitions(version: str) -> dict[str, str]:
     definitions = {
         "CMAKE_BUILD_TYPE": os.environ.get("FMD_EXT_BUILD_TYPE", "Release"),
         "CMAKE_MAKE_PROGRAM": str(require_tool("ninja", MIN_NINJA)),
-        "CMAKE_CXX_COMPILER": ";".join([compiler.program, *compiler.flags]),
+        "CMAKE_CXX_COMPILER": ";".join([compiler.program, *map(shlex.quote, compiler.flags)]),
         "CMAKE_CXX_COMPILER_LAUNCHER": ";".join(compiler.launchers),
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
