@@ -320,7 +320,7 @@ def cmake_definitions(version: str) -> dict[str, str]:
     definitions = {
         "CMAKE_BUILD_TYPE": os.environ.get("FMD_EXT_BUILD_TYPE", "Release"),
         "CMAKE_MAKE_PROGRAM": str(require_tool("ninja", MIN_NINJA)),
-        "CMAKE_CXX_COMPILER": ";".join([compiler.program, *map(shlex.quote, compiler.flags)]),
+        "CMAKE_CXX_COMPILER": compiler.program,
         "CMAKE_CXX_COMPILER_LAUNCHER": ";".join(compiler.launchers),
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -331,6 +331,9 @@ def cmake_definitions(version: str) -> dict[str, str]:
         "FMD_EXT_CUDA": "ON" if cuda else "OFF",
         "FMD_EXT_CUDA_REASON": reason,
     }
+    if compiler.flags:  # before those of CXXFLAGS, which CMake would otherwise read by itself
+        # The space: CMake would take off quotes that enclose the whole value.
+        definitions["CMAKE_CXX_FLAGS"] = f" {shlex.join(compiler.flags)} {os.environ.get('CXXFLAGS', '')}"
     if cuda:
         definitions["CMAKE_CUDA_COMPILER"] = str(nvcc)
     return definitions

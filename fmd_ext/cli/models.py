@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from fmd_ext.adapters import find_adapter
 from fmd_ext.cli.errors import UserError, blaming_input
 from fmd_ext.config import FMDConfig
+from fmd_ext.torchvision_mend import torchvision_advice
 
 RANDOM_MARK = "random_weights"  # an entry of a configuration: these weights were never trained
 
@@ -104,9 +105,7 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
         )
     module, _, class_name = MODEL_CLASSES[kind].partition(":")
     if module == "transformers" and importlib.util.find_spec("torchvision") is None:
-        raise UserError(
-            "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
-        )
+        raise UserError(f"transformers processes video by torchvision, which is not installed: {torchvision_advice()}")
     model_class = getattr(importlib.import_module(module), class_name)
     processor_class = getattr(model_class, "processor_class", transformers.AutoProcessor)
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
