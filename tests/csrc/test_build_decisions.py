@@ -9,7 +9,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -260,44 +259,6 @@ class TestCompiled:
         assert line == "fmd_ext: warning: nothing is compiled, torch's own attention will serve: because."
         tools.remove_compiled(tmp_path)
         assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def uncompiled_wheel(tmp_path_factory):
-    """What the backend builds where there is no compiler; the wheel's path and what was said."""
-    tree, empty = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("empty")
-    left_out = shutil.ignore_patterns("*.so", "lab", "__pycache__", "_build_info.json")
-    for name in ("build_backend", "fmd_ext"):
-        shutil.copytree(ROOT / name, tree / name, ignore=left_out)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tree / name)
-    code = "import fmd_build; print(fmd_build.get_requires_for_build_wheel(), fmd_build.build_wheel('dist'))"
-    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "FMD_EXT_BUILD")} | {"PATH": str(empty)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tree / "build_backend"), os.environ.get("PYTHONPATH", "")])
-    said = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.splitlines()[-1].startswith("[] fmd_ext-")
-    [wheel] = (tree / "dist").glob("*.whl")
-    return wheel, said.stderr
-
-
-def test_without_a_compiler_the_wheel_is_for_every_platform(uncompiled_wheel):
-    wheel, said = uncompiled_wheel
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert said.count("fmd_ext: warning: nothing is compiled") == 1
-    with zipfile.ZipFile(wheel) as content:
-        names = content.namelist()
-        facts = json.loads(content.read("fmd_ext/_build_info.json"))
-    assert facts["compiled"] is False and "no C++ compiler was found" in facts["reason"]
-    assert "fmd_ext/patching/handle.py" in names and not [name for name in names if name.endswith(".so")]
-
-
-def test_the_wheel_holds_licence_and_type_marker(uncompiled_wheel):
-    with zipfile.ZipFile(uncompiled_wheel[0]) as content:
-        names = content.namelist()
-        [metadata] = [content.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
-    assert "fmd_ext/py.typed" in names and any(name.endswith("/licenses/LICENSE") for name in names)
-    assert "License-Expression: Apache-2.0" in metadata
 
 
 class TestCompiler:
