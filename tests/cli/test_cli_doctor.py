@@ -73,9 +73,8 @@ def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_doctor_tries_on_a_gpu_holds_in_low_precision(dtype):
-    for name, (error, allowed) in selftest.errors(torch.device("cpu"), dtype).items():
-        assert error <= allowed < 0.2, name
+def test_a_forked_call_in_low_precision(dtype):
+    """As on a GPU."""
     for masking in ("zero", "attention"):
         assert forked_call(masking, torch.device("cpu"), dtype).is_right
 
