@@ -22,6 +22,7 @@ from fmd_ext.torchvision_mend import mend_torchvision, torchvision_advice
 
 SUPPORTED_TORCH = (2, 10)
 PACKAGES = ("torch", "transformers", "torchvision", "tokenizers", "av", "numpy")
+REBUILD = "build again (pip install, or the script that you use)"
 SOURCES = Path(fmd_ext.__file__).resolve().parents[1]  # where fmd_ext runs from the folder of its sources
 
 
@@ -54,17 +55,21 @@ def examine() -> dict[str, Any]:
         for device in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
     report["torch_cuda"] = torch.version.cuda
-    if torch.version.cuda and not report["gpus"] and Path("/proc/driver/nvidia/version").exists():
-        report["warnings"].append(
-            f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: it is built for CUDA "
-            f"{torch.version.cuda}, which may need a newer driver (torch 2.15 is built for CUDA 13.2)"
-        )
+    _driver(report)
     report["build"] = _build(report)
     report["libraries"] = _libraries(report)
     report["ops"] = _ops(report) if report["libraries"] else []
     report["forked_calls"] = _forked_calls(report)
     report["decode_runner"] = _decode_runner(report)
     return report
+
+
+def _driver(report: dict[str, Any], file: Path = Path("/proc/driver/nvidia/version")) -> None:
+    if torch.version.cuda and not report["gpus"] and file.exists():
+        report["warnings"].append(
+            f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU: it is built for CUDA "
+            f"{torch.version.cuda}, which may need a newer driver (torch 2.15 is built for CUDA 13.2)"
+        )
 
 
 def _versions(report: dict[str, Any]) -> dict[str, str | None]:
@@ -120,9 +125,6 @@ def _build(report: dict[str, Any]) -> dict[str, Any] | None:
     if changed := _changed_since_built(facts):
         report["warnings"].append(f"the libraries are older than their source {changed}: {REBUILD}")
     return facts
-
-
-REBUILD = "build again (pip install, or the script that you use)"
 
 
 def _uncompiled() -> dict[str, Any] | None:

@@ -195,3 +195,17 @@ class TestBuild:
 def test_the_torchvision_of_the_installed_torch_is_advised(monkeypatch, installed, wanted):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
     assert torchvision_advice() == f"pip install --no-deps 'torchvision{wanted}'"
+
+
+def test_a_driver_that_torch_makes_nothing_of(monkeypatch):
+    report = {"warnings": [], "gpus": []}
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    driver = Path(__file__)  # any file that is there
+    doctor._driver(report, driver)
+    assert (
+        len(report["warnings"]) == 1 and "built for CUDA 13.2, which may need a newer driver" in report["warnings"][0]
+    )
+    doctor._driver(report, driver / "absent")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    doctor._driver(report, driver)
+    assert len(report["warnings"]) == 1
