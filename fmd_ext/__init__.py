@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .torchvision_mend import mend_torchvision
+from .torchvision_mend import mend_when_torchvision_is_imported
 
 if TYPE_CHECKING:
     from .config import FMDConfig
     from .patching import Handle, handle_of, patch, unpatch
 
-mend_torchvision()  # before anything imports transformers' models
+mend_when_torchvision_is_imported()  # transformers' models do
 
 __all__ = ["FMDConfig", "Handle", "handle_of", "patch", "unpatch"]
 __version__ = "0.1.0"

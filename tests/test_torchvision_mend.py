@@ -84,6 +84,21 @@ print(mend.mend_torchvision(), hasattr(torch.ops.torchvision, "nms"))
     assert result.stdout.split() == ["absent", "False"]
 
 
+def test_import_fmd_ext_mends_when_torchvision_comes(folder):
+    """And not before, since that takes torch. Whoever looks for torchvision first mends, as transformers does."""
+    code = f"""
+sys.path.insert(0, {str(ROOT)!r})
+import fmd_ext
+print("torch" in sys.modules, len(sys.meta_path))
+import torchvision
+print("torch" in sys.modules, len(sys.meta_path), torch.ops.torchvision.nms.default._schema.name)
+""".replace("torch.ops", "sys.modules['torch'].ops")
+    result = run(code, folder)
+    assert result.returncode == 0, result.stderr
+    (was_there, before), (is_there, after, name) = (line.split() for line in result.stdout.splitlines())
+    assert (was_there, is_there, name) == ("False", "True", "torchvision::nms") and int(before) == int(after) + 1
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_the_installed_torchvision_can_resize():
     import torch

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fmd_ext.torchvision_mend import torchvision_advice
+
 # "module:class", by the configuration's model_type; by the architecture that it names, where published configurations
 # borrow another model's type. Of the full omni models only the thinker is loaded: the talker and the speech decoder
 # would take memory for nothing.
@@ -59,7 +61,7 @@ def class_for(config: dict[str, Any]) -> Any:
     module, _, name = named.partition(":")
     if module == "transformers" and importlib.util.find_spec("torchvision") is None:
         raise ImportError(
-            "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
+            f"transformers processes video by torchvision, which is not installed: {torchvision_advice()}"
         )
     return getattr(importlib.import_module(module), name)
 

@@ -74,20 +74,20 @@ def main(argv: Sequence[str] | None = None, build: Build = build_cases) -> int:
             report_of_case = run_case(case, device, args.repeats, budget)
             add_limits(report_of_case, case.work, facts["peaks"])
             facts["cases"].append(report_of_case)
+            if args.json is not None:  # after each case: what stops the next one loses nothing
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(facts, indent=1) + "\n")
             del case  # its tensors, before the next case makes its own
-    return _finish(facts, args.json)
+    return _finish(facts)
 
 
-def _finish(facts: dict[str, Any], path: Path | None) -> int:
+def _finish(facts: dict[str, Any]) -> int:
     for name, text in report.summary(facts):
         print(f"{name:<16}{text}")
     print()
     print(report.table(facts["cases"]))
     for name, reason in report.absent(facts["cases"]).items():
         print(f"absent: {name}: {reason}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1) + "\n")
     errors = [case["error"] for case in facts["cases"] if "error" in case]
     for error in errors:
         print(f"fmd_ext.lab.bench: error: {error}; no speed is reported for this case", file=sys.stderr)
