@@ -53,7 +53,7 @@ def test_against_counts_by_hand(tmp_path):
     rng = np.random.default_rng(0)
     texts = {method: rng.choice(["Yes.", "No, never", "I don't know"], 40).tolist() for method in ("vanilla", "fmd")}
     evaluation = evaluate(make(tmp_path, texts))
-    assert evaluation.methods == ["vanilla", "fmd"] and evaluation.num_answered == 40
+    assert evaluation.methods == ["vanilla", "fmd"] and evaluation.counts.answered == 40
     truth = np.array([i % 2 == 1 for i in range(40)])
     videos = [f"v{i // 2}" for i in range(40)]
     right = {}
@@ -95,11 +95,32 @@ def test_p_values_are_adjusted_within_their_table(tmp_path):
 def test_methods_are_compared_on_what_all_have_answered(tmp_path):
     evaluation = evaluate(make(tmp_path, {"fmd": ["Yes"] * 3 + [None], "vanilla": ["Yes", "No", None, "Yes"]}))
     assert evaluation.methods == ["vanilla", "fmd"]  # the baseline first
-    assert (evaluation.num_items, evaluation.num_answered) == (4, 2)
-    assert evaluation.errors == {"broken": 2}
+    counts = evaluation.counts
+    assert (counts.asked, counts.answered, counts.failed, counts.unfinished) == (4, 2, 2, 0)
+    assert counts.reasons == {"broken": 2}
     assert evaluate(Results(tmp_path), baseline="fmd").methods == ["fmd", "vanilla"]
     with pytest.raises(ResultsError, match="no method 'avcd' in .*; there are fmd, vanilla"):
         evaluate(Results(tmp_path), baseline="avcd")
+
+
+def test_what_was_never_asked_is_not_missing(tmp_path):
+    """A limit, or an exclusion, is a choice and not a failure; what was asked and has no answer yet is unfinished."""
+    results = make(tmp_path, {"vanilla": ["Yes", "No", None, "Yes"], "fmd": ["Yes", "No", "Yes"]})
+    assert evaluate(results).counts.unfinished == 1
+    items = results.items()
+    results.record_selection(items, excluded=["i3"])
+    counts = evaluate(results).counts
+    assert (counts.asked, counts.answered, counts.failed, counts.unfinished, counts.excluded) == (3, 2, 1, 0, 1)
+    assert counts.lines() == [
+        "2 of 3 questions answered by every method, 1 failed",
+        "left out: 1 excluded by hand",
+        "1 answers are missing: broken",
+    ]
+
+
+def test_notes_are_counted_by_method(tmp_path):
+    results = make(tmp_path, {"vanilla": ["Yes", "No"], "fmd": ["Yes", "No"]}, notes={"answer cut off": "after 2"})
+    assert evaluate(results).counts.notes == {"answer cut off": {"vanilla": 2, "fmd": 2}}
 
 
 def test_samples_are_averaged_within_their_item(tmp_path):
@@ -164,7 +185,7 @@ def test_captions_are_scored_or_it_is_said_why_not(tmp_path):
     items = [Item(f"c{i}", f"v{i}", None, "Describe.", "caption", "a dog barks in the street") for i in range(3)]
     texts = ["A dog barks in the street.", "a cat", "dogs bark"]
     evaluation = evaluate(make(tmp_path, {"vanilla": texts, "fmd": texts[:1] * 3}, items=items))
-    assert evaluation.tables == [] and evaluation.num_items == 0
+    assert evaluation.tables == [] and evaluation.counts.answered == 3
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError:

@@ -29,12 +29,14 @@ from fmd_ext.lab.calibration import (
     read_prompt,
 )
 from fmd_ext.lab.cli.eval import reading_from, run_settings
-from fmd_ext.lab.eval.benchmarks import DataError, Loaded, load, select
+from fmd_ext.lab.cli.questions import load_questions, usable
+from fmd_ext.lab.eval.benchmarks import Loaded, select
+from fmd_ext.lab.eval.clips import Reading
 from fmd_ext.lab.eval.generation import Decoding
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
-from fmd_ext.lab.eval.run import Reading, Runner
+from fmd_ext.lab.eval.run import Runner
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,11 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
         with blaming_input(ImportError):
             matplotlib_()
-    with blaming_input(DataError, ValueError, OSError):
-        loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
-    there = [item for item in loaded.items if item.path is not None]
-    if not there:
-        raise UserError("none of the questions has a video")
+    loaded = load_questions(args)
+    there = usable(args, loaded, loaded.items)
     measured = select(there, limit=args.samples)
     chosen = {item.id for item in measured}
     validation = [item for item in there if item.id not in chosen and item.kind != "caption"]
@@ -126,7 +125,7 @@ def _depths(args: argparse.Namespace, config: FMDConfig, model: LoadedModel, can
 
 def _read(model: LoadedModel, items: list[Item], reading: Reading, mask_scale: float) -> list[PromptReading]:
     readings = []
-    for item in tqdm(items, desc="reading prompts", unit="prompt"):
+    for item in tqdm(items, desc="reading prompts", unit="prompt", disable=None):
         try:
             rates = {"fps": reading.fps, "max_frames": reading.max_frames}
             clip = load_clip_for(model.processor, item.path, progress=False, **rates)
@@ -177,8 +176,8 @@ def _answer(
     )
     with blaming_input(ResultsError, ValueError, TypeError, OSError), notes_from_warnings():
         settings = run_settings(args, loaded, model, decoding, reading)
-        results.begin({**settings, "chosen": [item.id for item in items]}, loaded.items)
-        runner.run(items, batch_size=args.batch_size)
+        with results.at_work({**settings, "chosen": [item.id for item in items]}, loaded.items):
+            runner.run(items, batch_size=args.batch_size)
     return results
 
 

@@ -15,11 +15,11 @@ from fmd_ext.lab.eval.wording import against, percent, ratio
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    unanswered = evaluation.num_items - evaluation.num_answered
-    more = f" ({unanswered} are not answered by every method, and left out)" if unanswered else ""
-    console.print(f"{evaluation.num_answered} questions scored{more}", highlight=False)
-    for reason, count in evaluation.errors.items():
-        console.print(f"{count} without an answer: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for line in evaluation.counts.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for kind, by_method in evaluation.counts.notes.items():
+        counts = ", ".join(f"{count} by {method}" for method, count in by_method.items())
+        console.print(f"{kind}: {counts}", markup=False, highlight=False, soft_wrap=True)
     for table in evaluation.tables:
         _show_accuracy(console, evaluation, table)
     if any(cell.yes_no for table in evaluation.tables for row in table.rows.values() for cell in row.values()):

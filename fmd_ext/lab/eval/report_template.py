@@ -38,11 +38,10 @@ pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="quiet">{{ model }} · {{ evaluation.num_answered }} of {{ evaluation.num_items }} questions answered by every
-method · fmd_ext {{ version }}</p>
+<p class="quiet">{{ model }} · fmd_ext {{ version }}</p>
 {% if random %}<p class="warning">This model's weights are random: the figures show that the evaluation works, and say
 nothing about any method.</p>{% endif %}
-{% for reason, count in evaluation.errors.items() %}<p class="warning">{{ count }} answers are missing: {{ reason }}</p>
+{% for line in evaluation.counts.lines() %}<p>{{ line }}</p>
 {% endfor %}
 {% if tables %}
 <h2>Accuracy</h2>

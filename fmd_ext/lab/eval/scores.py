@@ -17,6 +17,7 @@ import numpy as np
 from fmd_ext.lab.eval import statistics
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS
 from fmd_ext.lab.eval.captions import caption_scores
+from fmd_ext.lab.eval.counts import Counts, asked_items, count, is_answered
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, ResultsError, write_atomically
 from fmd_ext.lab.eval.run import judged
@@ -60,9 +61,7 @@ class Evaluation:
     Attributes:
         settings: of the run, as recorded.
         methods: names, the baseline first.
-        num_items, num_answered: of the benchmark's items those that can be scored by word, and those that every method
-            has answered: what the tables are about.
-        errors: reason to number of predictions that have none but this.
+        counts: what became of the questions.
         tables: the first one is about all items together.
         averages: category to method to mean over its groups.
         captions: method to metric to score; a text where it could not be computed.
@@ -74,9 +73,7 @@ class Evaluation:
 
     settings: dict[str, Any]
     methods: list[str]
-    num_items: int
-    num_answered: int
-    errors: dict[str, int]
+    counts: Counts
     tables: list[Table]
     averages: dict[str, dict[str, Estimate]]
     captions: dict[str, dict[str, float] | str]
@@ -104,8 +101,8 @@ def evaluate(results: Results, *, baseline: str | None = None, confidence: float
 
     Raises ResultsError for a folder without predictions, or without items that every method answered.
     """
-    settings, items = results.settings(), results.items()
-    predictions = results.predictions()
+    settings, predictions = results.settings(), results.predictions()
+    items = asked_items(results, predictions)
     methods = list(dict.fromkeys(key[0] for key in predictions))
     if not methods:
         raise ResultsError(f"{results.folder} holds no predictions yet")
@@ -116,15 +113,15 @@ def evaluate(results: Results, *, baseline: str | None = None, confidence: float
     benchmark = BENCHMARKS[settings["benchmark"]]
     samples = range(1 + max(key[2] for key in predictions))
 
-    def answered(item: Item) -> bool:
-        found = (predictions.get((method, item.id, sample)) for method in methods for sample in samples)
-        return all(prediction is not None and prediction.error is None for prediction in found)
-
-    scored = [item for item in items if item.kind != "caption"]
-    common = [item for item in scored if answered(item)]
-    captions = [item for item in items if item.kind == "caption" and answered(item)]
-    if not common and not captions:
-        raise ResultsError(f"no question in {results.folder} has been answered by all of {', '.join(methods)} yet")
+    answered = [item for item in items if is_answered(item, predictions, methods, samples)]
+    counts = count(items, predictions, methods, samples, excluded=len(results.excluded()), settings=settings)
+    if not answered:
+        why = "".join(
+            f"; {number} answers are missing: {reason}" for reason, number in list(counts.reasons.items())[:1]
+        )
+        raise ResultsError(f"no question in {results.folder} has been answered by all of {', '.join(methods)} yet{why}")
+    common = [item for item in answered if item.kind != "caption"]
+    captions = [item for item in answered if item.kind == "caption"]
     said = {
         method: [[judged(item, predictions[method, item.id, s].raw)[0] for s in samples] for item in common]
         for method in methods
@@ -144,9 +141,7 @@ def evaluate(results: Results, *, baseline: str | None = None, confidence: float
     return Evaluation(
         settings=settings,
         methods=methods,
-        num_items=len(scored),
-        num_answered=len(common),
-        errors=_errors(predictions),
+        counts=counts,
         tables=tables,
         averages=averages,
         captions=_captions(captions, predictions, methods, len(samples)),
@@ -169,7 +164,7 @@ def write_scores(results: Results, evaluation: Evaluation) -> None:
     lines = []
     for prediction in sorted(predictions.values(), key=lambda p: (p.method, order[p.item], p.sample)):
         item = by_id[prediction.item]
-        names = ("method", "item", "sample", "prompt", "raw", "tokens", "error")
+        names = ("method", "item", "sample", "prompt", "raw", "tokens", "error", "shown", "notes")
         row = {name: getattr(prediction, name) for name in names} | {"answer": item.answer}
         row["parsed"], row["score"] = (None, None) if prediction.error else judged(item, prediction.raw)
         lines.append(json.dumps(row, ensure_ascii=False))
@@ -318,11 +313,6 @@ def _flips(items: list[Item], scores: np.ndarray, baseline: np.ndarray) -> dict[
         "gained": [item.id for item, difference in zip(items, change, strict=True) if difference > 0],
         "lost": [item.id for item, difference in zip(items, change, strict=True) if difference < 0],
     }
-
-
-def _errors(predictions: dict[Key, Prediction]) -> dict[str, int]:
-    reasons = [p.error for p in predictions.values() if p.error is not None]
-    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
 
 def _plain(value: Any) -> Any:

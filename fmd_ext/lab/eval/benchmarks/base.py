@@ -46,6 +46,7 @@ class Benchmark:
         read: from the records of those files to items, reporting to a `Findings`.
         prompts: by name, the first is the default. Captions are asked as published.
         published: known numbers of items by version, to compare with what is found.
+        published_groups: known numbers of items by category and value; groups that are absent altogether are not.
         tables: categories by which results are shown.
         group_averages: categories of which the mean over groups is reported, too.
         max_new_tokens: by kind of item.
@@ -65,6 +66,7 @@ class Benchmark:
         default_factory=lambda: {"yes-no": 16, "choice": 16, "word": 16, "caption": 128}
     )
     notes: str = ""
+    published_groups: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
 class Findings:
