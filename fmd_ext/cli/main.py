@@ -149,6 +149,12 @@ def _add_eval(commands: Any) -> None:
     out.add_argument("--output", metavar="FOLDER", help="resumed if it exists (results/BENCHMARK-MODEL)")
     out.add_argument("--retry-failed", action="store_true", help="ask again what failed before")
     out.add_argument("--score-only", action="store_true", help="score the folder again, without model and data")
+    out.add_argument(
+        "--protocol",
+        choices=("ours", "official"),
+        default="ours",
+        help="how answers are read: as a person does, or as the benchmark's own script (%(default)s)",
+    )
     out.add_argument("--baseline", metavar="METHOD", help="the method to compare with (vanilla)")
     out.add_argument("--report", metavar="FILE", help="also write a self-contained HTML report")
     out.add_argument("--speed", type=_positive_int, metavar="N", help="also measure speed and memory on N questions")

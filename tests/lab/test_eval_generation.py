@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
 
 from eval_model import readable
-from fmd_ext.lab.eval.generation import Decoding, answer, checkpoint_settings, settings_in_force
+from fmd_ext.lab.eval.generation import (
+    THINKING_TOKENS,
+    Decoding,
+    answer,
+    checkpoint_settings,
+    settings_in_force,
+    token_limits,
+)
 from fmd_ext.lab.eval.methods import parse_methods
 from fmd_ext.lab.tiny import tiny_processor, tiny_thinker
 from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
@@ -90,3 +98,13 @@ def test_tokens_are_counted_up_to_the_end_of_each_answer(model, monkeypatch):
 def test_the_first_token_is_timed_before_the_last(model):
     times = said(model, Decoding())
     assert 0 < times.first_token_s < times.seconds
+
+
+def test_a_model_that_thinks_aloud_gets_the_tokens_for_it():
+    processor = types.SimpleNamespace(chat_template="{{ message }}", tokenizer=None)
+    assert token_limits(processor, {"yes-no": 16}) == {"yes-no": 16}
+    processor.chat_template = "{% if thinking %}<think>{% endif %}"
+    assert token_limits(processor, {"yes-no": 16}) == {"yes-no": 16 + THINKING_TOKENS}
+    alone = types.SimpleNamespace(tokenizer=types.SimpleNamespace(chat_template="<think>"))
+    assert token_limits(alone, {"word": 8}) == {"word": 8 + THINKING_TOKENS}
+    assert token_limits(tiny_processor(), {"word": 8}) == {"word": 8}

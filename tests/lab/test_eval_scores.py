@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -160,9 +161,9 @@ def test_power_counts_questions_that_go_together(tmp_path, together):
 
 
 def test_a_parser_that_learns_changes_the_scores(tmp_path, monkeypatch):
-    results = make(tmp_path, {"vanilla": ["Affirmative", "Yes"]}, parsed="no", score=0.0)
+    results = make(tmp_path, {"vanilla": ["Oui", "Yes"]}, parsed="no", score=0.0)
     assert evaluate(results).tables[0].rows[ALL]["vanilla"].unparsed == 0.5
-    monkeypatch.setattr("fmd_ext.lab.eval.run.parse_answer", lambda item, text: "yes")
+    monkeypatch.setattr("fmd_ext.lab.eval.scores.parse_answer", lambda item, text: "yes")
     assert evaluate(results).tables[0].rows[ALL]["vanilla"].unparsed == 0
 
 
@@ -213,3 +214,44 @@ def test_nothing_to_score_is_told(tmp_path):
     results = make(tmp_path / "none", {"vanilla": ["Yes", None], "fmd": [None, "Yes"]})
     with pytest.raises(ResultsError, match="has been answered by all of vanilla, fmd yet"):
         evaluate(results)
+
+
+CHOICES = [Item(f"i{i}", f"v{i}", None, "?", "choice", "B", ("x", "dog", "y", "z"), {"task": "t"}) for i in range(4)]
+
+
+def official(folder, benchmark, texts, items):
+    return (
+        evaluate(make(folder, {"vanilla": texts}, benchmark=benchmark, items=items), protocol="official")
+        .tables[0]
+        .rows[ALL]["vanilla"]
+    )
+
+
+def test_the_official_protocols_read_as_the_scripts_do(tmp_path):
+    """With their faults. AVHBench: letters within words; Video-MME: the first capital, unread answers out of the
+    denominator; WorldSense: a letter anywhere, and A for nothing."""
+    label = Item("i0", "v0", None, "?", "yes-no", "no", (), {"task": "t"})
+    items = [dataclasses.replace(label, id=f"i{i}", video=f"v{i}") for i in range(4)]
+    cell = official(tmp_path / "a", "avhbench", ["Yes, I know", "I do not know", "yes", "hm"], items)
+    assert (cell.accuracy.value, cell.unparsed) == (0.5, 0.25)
+    cell = official(tmp_path / "b", "video-mme", ["The best answer is: B", "Best answer: C", "A dog", "none"], CHOICES)
+    assert cell.accuracy.num_items == 3 and cell.accuracy.value == pytest.approx(2 / 3) and cell.unparsed == 0.25
+    texts = ["It is (A) or (B)", "it is certainly the little dog", "nothing", "B."]
+    cell = official(tmp_path / "c", "worldsense", texts, CHOICES)
+    assert (cell.accuracy.value, cell.unparsed) == (0.75, 0.0)
+    with pytest.raises(
+        ResultsError, match="AVQA has no script of its own that reads text.*avhbench, video-mme, worldsense"
+    ):
+        official(tmp_path / "d", "avqa", ["B"] * 4, CHOICES)
+
+
+def test_unread_answers_are_left_out_in_pairs(tmp_path):
+    results = make(
+        tmp_path, {"vanilla": ["B", "C", "x", "B"], "fmd": ["B", "B", "B", "x"]}, benchmark="video-mme", items=CHOICES
+    )
+    cells = evaluate(results, protocol="official").tables[0].rows[ALL]
+    assert [cells[name].accuracy.num_items for name in cells] == [3, 3]
+    assert cells["fmd"].comparison.difference.num_items == 2  # what both have read
+    assert (cells["fmd"].comparison.gained, cells["fmd"].comparison.lost) == (1, 0)
+    write_scores(results, evaluate(results, protocol="official"))
+    assert '"protocol": "official"' in (results.folder / "scores.json").read_text()

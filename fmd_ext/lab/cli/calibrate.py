@@ -32,7 +32,7 @@ from fmd_ext.lab.cli.eval import reading_from, run_settings
 from fmd_ext.lab.cli.questions import load_questions, usable
 from fmd_ext.lab.eval.benchmarks import Loaded, select
 from fmd_ext.lab.eval.clips import Reading
-from fmd_ext.lab.eval.generation import Decoding
+from fmd_ext.lab.eval.generation import Decoding, token_limits
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
@@ -169,7 +169,7 @@ def _answer(
         model.processor,
         choices,
         results,
-        limits=dict(loaded.benchmark.max_new_tokens),
+        limits=token_limits(model.processor, loaded.benchmark.max_new_tokens),
         decoding=decoding,
         reading=reading,
         context_limit=model.context_limit,

@@ -25,7 +25,7 @@ from fmd_ext.lab.cli.questions import choose, ids_of, load_questions, usable
 from fmd_ext.lab.cli.scores import show_evaluation, show_speed
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, unreadable
 from fmd_ext.lab.eval.clips import Reading
-from fmd_ext.lab.eval.generation import Decoding, checkpoint_settings, settings_in_force
+from fmd_ext.lab.eval.generation import Decoding, checkpoint_settings, settings_in_force, token_limits
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
@@ -89,7 +89,7 @@ def _answer(
         model.processor,
         choices,
         results,
-        limits=loaded.benchmark.max_new_tokens,
+        limits=token_limits(model.processor, loaded.benchmark.max_new_tokens),
         decoding=decoding,
         reading=reading,
         context_limit=model.context_limit,
@@ -138,7 +138,7 @@ def _score(args: argparse.Namespace, results: Results) -> int:
     from fmd_ext.lab.eval.scores import evaluate, write_scores
 
     with blaming_input(ResultsError, DataError, OSError):
-        evaluation = evaluate(results, baseline=args.baseline)
+        evaluation = evaluate(results, baseline=args.baseline, protocol=args.protocol)
         write_scores(results, evaluation)
     console = Console()
     if not console.is_terminal:  # in a file nothing needs to be squeezed into 80 columns
@@ -182,6 +182,7 @@ def run_settings(
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "decoding": vars(decoding),
         "generation": settings_in_force(model.model, decoding),
+        "max_new_tokens": token_limits(model.processor, loaded.benchmark.max_new_tokens),
         "reading": vars(reading),
         "batch_size": args.batch_size,
         "about": {

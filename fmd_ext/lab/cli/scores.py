@@ -9,12 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fmd_ext.lab.eval import scores
+from fmd_ext.lab.eval import tables
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS
 from fmd_ext.lab.eval.scores import ALL, Evaluation
 from fmd_ext.lab.eval.wording import against, percent, ratio
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
+    if evaluation.protocol != "ours":
+        console.print(f"answers read by: {BENCHMARKS[evaluation.settings['benchmark']].official.source}", markup=False)
     for line in evaluation.counts.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for kind, by_method in evaluation.counts.notes.items():
@@ -41,7 +44,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     _show_speed(console, evaluation)
 
 
-def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table) -> None:
+def _show_accuracy(console: Console, evaluation: Evaluation, table: tables.Table) -> None:
     title = "accuracy, % (95 % interval over videos)" if table.category == ALL else f"accuracy by {table.category}, %"
     shown = Table(title=title, title_justify="left")
     for name in ("", "items", "method", "accuracy", f"against {escape(evaluation.baseline)}", "unparsed"):

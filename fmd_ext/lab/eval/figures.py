@@ -7,8 +7,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fmd_ext.lab.eval.scores import Cell, Evaluation, Table
+from fmd_ext.lab.eval.scores import Evaluation
 from fmd_ext.lab.eval.statistics import Estimate
+from fmd_ext.lab.eval.tables import Cell, Table
 from fmd_ext.lab.plotting import LINES, MARKERS, STYLE, matplotlib_
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ GENERATION_CONFIGS = ("neutral", "model")
 # What stays in force of a checkpoint's generation_config when decoding is neutral: which tokens begin, end and pad an
 # answer, and which are no text.
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
+THINKING_TOKENS = 4096  # for a model that thinks aloud before it answers
 # Entries that say nothing about how an answer is chosen.
 _NO_CHOICE = ("transformers_version", "use_cache", "cache_implementation", "max_length", "max_new_tokens")
 
@@ -155,6 +156,13 @@ def answer(
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     tokens, ended = _lengths(model, new)
     return Said(texts, tokens, ended, check.steps(tokens), (clock.first or end) - start, end - start)
+
+
+def token_limits(processor: Any, limits: Mapping[str, int]) -> dict[str, int]:
+    """Tokens by kind of question. A model whose chat template knows ``<think>`` gets those for thinking besides."""
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None) or ""
+    more = THINKING_TOKENS if "<think>" in str(template) else 0
+    return {kind: limit + more for kind, limit in limits.items()}
 
 
 def max_new_tokens_for(items: Sequence[Item], limits: dict[str, int], decoding: Decoding) -> int:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, write_atomically
 from fmd_ext.lab.eval.report_template import PAGE
 from fmd_ext.lab.eval.run import judged
-from fmd_ext.lab.eval.scores import ALL, GAINS, Evaluation, Table
+from fmd_ext.lab.eval.scores import ALL, GAINS, Evaluation, reading_of
 from fmd_ext.lab.eval.speed import read_speed
+from fmd_ext.lab.eval.tables import Table
 from fmd_ext.lab.eval.wording import against, percent, ratio
 
 EXAMPLES = 4  # per method and direction
@@ -146,6 +148,7 @@ def _examples(results: Results, evaluation: Evaluation) -> list[dict[str, Any]]:
     items = {item.id: item for item in results.items()}
     predictions = results.predictions()
     reading = evaluation.settings.get("reading", {})
+    read, _ = reading_of(BENCHMARKS[evaluation.settings["benchmark"]], evaluation.protocol)
     shown = []
     for method, flips in evaluation.flips.items():
         chosen = [("gained", identity) for identity in _spread(flips["gained"])]
@@ -156,7 +159,7 @@ def _examples(results: Results, evaluation: Evaluation) -> list[dict[str, Any]]:
                 "gained": len(flips["gained"]),
                 "lost": len(flips["lost"]),
                 "shown": [
-                    _example(items[identity], verdict, (evaluation.baseline, method), predictions, reading)
+                    _example(items[identity], verdict, (evaluation.baseline, method), predictions, reading, read)
                     for verdict, identity in chosen
                 ],
             }
@@ -176,16 +179,17 @@ def _example(
     methods: tuple[str, str],
     predictions: dict[Key, Prediction],
     reading: dict[str, Any],
+    read: Callable[[Item, str], str | None],
 ) -> dict[str, Any]:
     said = []
     for method in methods:
         raw = predictions[method, item.id, 0].raw
-        parsed, score = judged(item, raw)
+        parsed, score = judged(item, raw, read)
         said.append((method, f"{raw.strip()}\n→ {parsed or 'not parsed'}", bool(score)))
     example: dict[str, Any] = {
         "verdict": verdict,
         "id": item.id,
-        "categories": list(item.categories.items()),
+        "categories": [(name, ", ".join(item.values(name))) for name in item.categories],
         "prompt": predictions[methods[0], item.id, 0].prompt,
         "answer": item.answer,
         "said": said,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -263,7 +263,9 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def judged(item: Item, raw: str) -> tuple[str | None, float | None]:
-    """The answer that a text gives, and its score: 1 or 0, None for a caption."""
-    parsed = parse_answer(item, raw)
+def judged(
+    item: Item, raw: str, read: Callable[[Item, str], str | None] = parse_answer
+) -> tuple[str | None, float | None]:
+    """The answer that a text gives, and its score: 1 or 0, None for a caption. ``read``: by which reading."""
+    parsed = parse_answer(item, raw) if item.kind == "caption" else read(item, raw)
     return parsed, None if item.kind == "caption" else float(parsed == item.answer)

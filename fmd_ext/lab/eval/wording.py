@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fmd_ext.lab.eval.scores import Cell
 from fmd_ext.lab.eval.statistics import Estimate
+from fmd_ext.lab.eval.tables import Cell
 
 
 def percent(estimate: Estimate) -> str:

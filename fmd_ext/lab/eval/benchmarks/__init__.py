@@ -75,7 +75,7 @@ class Loaded:
         elif published:
             lines.append(f"{len(self.items)} questions are none of the published numbers: {known}")
         for category, counts in self.benchmark.published_groups.items():
-            found = collections.Counter(item.categories.get(category) for item in self.items)
+            found = collections.Counter(value for item in self.items for value in item.values(category))
             lines += [
                 f"{found[value]} questions of {category} {value}, published are {count}"
                 for value, count in counts.items()
@@ -156,12 +156,10 @@ def select(
     left_out, named = set(exclude), set(ids)
     chosen = [item for item in items if item.id not in left_out and (not ids or item.id in named)]
     for name, value in categories:
-        known = sorted({item.categories.get(name, "") for item in items})
-        if value not in known or not value:
-            raise ValueError(
-                f"no item has {name}={value}; values of {name}: {', '.join(filter(None, known)) or 'none'}"
-            )
-        chosen = [item for item in chosen if item.categories.get(name) == value]
+        known = sorted({own for item in items for own in item.values(name)})
+        if value not in known:
+            raise ValueError(f"no item has {name}={value}; values of {name}: {', '.join(known) or 'none'}")
+        chosen = [item for item in chosen if value in item.values(name)]
     if limit is not None and limit < len(chosen):
         chosen = [chosen[index * len(chosen) // limit] for index in range(limit)]
     return chosen

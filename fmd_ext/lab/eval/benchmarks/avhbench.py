@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks import official
 from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt
 from fmd_ext.lab.eval.items import Item
 
@@ -59,6 +60,7 @@ AVHBENCH = Benchmark(
     },
     published={"all tasks": 6408, "the yes/no tasks": 5302},
     published_groups={"task": dict(zip(TASKS, (2290, 1136, 1876, 1106), strict=True))},
+    official=official.AVHBENCH,
     tables=("task",),
     group_averages=("task",),
     notes="Real and swapped videos are separate clusters. Captions: METEOR and CIDEr; GAVIE needs a judge model.",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks.official import Official
 from fmd_ext.lab.eval.items import Item
 
 MEDIA = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv"})
@@ -47,6 +48,7 @@ class Benchmark:
         prompts: by name, the first is the default. Captions are asked as published.
         published: known numbers of items by version, to compare with what is found.
         published_groups: known numbers of items by category and value; groups that are absent altogether are not.
+        official: how its own script reads answers; None where it has none that reads text.
         tables: categories by which results are shown.
         group_averages: categories of which the mean over groups is reported, too.
         max_new_tokens: by kind of item.
@@ -67,6 +69,7 @@ class Benchmark:
     )
     notes: str = ""
     published_groups: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    official: Official | None = None
 
 
 class Findings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks import official
 from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt, choice_of
 from fmd_ext.lab.eval.items import Item
 
@@ -67,5 +68,6 @@ WORLDSENSE = Benchmark(
         "plain": PLAIN,
     },
     published={"test": 3172},
+    official=official.WORLDSENSE,
     tables=("domain", "task", "audio", "duration"),
 )
