@@ -127,6 +127,11 @@ def _add_eval(commands: Any) -> None:
     what.add_argument(
         "--category", action="append", default=[], type=_name_value, metavar="NAME=VALUE", help="ask only about these"
     )
+    what.add_argument(
+        "--keep-calibration-videos",
+        action="store_true",
+        help="ask also about videos that --config was calibrated on, and say so in the report",
+    )
     how = parser.add_argument_group("how to answer")
     how.add_argument(
         "--method",
@@ -168,7 +173,7 @@ def _add_eval(commands: Any) -> None:
 
 def _add_calibrate(commands: Any) -> None:
     parser = commands.add_parser("calibrate", help="measure alpha, choose the fork depth, write both to a file")
-    what = parser.add_argument_group("questions to calibrate on; do not evaluate on the same ones")
+    what = parser.add_argument_group("questions to calibrate on; fmd-ext eval --config leaves their videos out")
     what.add_argument("--benchmark", required=True, metavar="NAME", help="as for fmd-ext eval")
     what.add_argument("--data", required=True, metavar="FOLDER", help="with the published files and the videos")
     what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
@@ -182,7 +187,7 @@ def _add_calibrate(commands: Any) -> None:
         type=_count,
         default=200,
         metavar="N",
-        help="others to choose the depth on (%(default)s)",
+        help="questions about other videos, to choose the depth on (%(default)s)",
     )
     what.add_argument("--depths", type=_depths, metavar="N,N", help="fork depths to try (up to half of the layers)")
     what.add_argument(

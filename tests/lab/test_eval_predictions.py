@@ -127,10 +127,14 @@ def test_a_second_process_that_is_refused_changes_nothing(results):
 def test_what_is_asked_adds_up_until_it_is_excluded(tmp_path):
     results, items = Results(tmp_path), [Item(name, "v", None, "Is it?", "yes-no", "yes") for name in "abcd"]
     results.begin({}, items)
-    assert results.asked() is None and results.excluded() == []
+    assert results.asked() is None and results.left_out() == ([], {})
     results.record_selection(items[:2])
     results.record_selection(items[2:3], ["a"])
-    assert results.asked() == {"b", "c"} and results.excluded() == ["a"]
+    assert results.asked() == {"b", "c"} and results.left_out() == (["a"], {})
+    results.record_selection(items[2:], (), {"questions": ["b"], "kept": False})
+    assert results.asked() == {"c", "d"}
+    results.record_selection(items, (), {"questions": ["b"], "kept": True})
+    assert results.asked() == set("abcd") and results.left_out()[1]["kept"]
 
 
 def test_a_file_that_holds_the_text_already_is_not_written_again(tmp_path):

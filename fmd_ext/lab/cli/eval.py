@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.hardware import cpu_model
-from fmd_ext.lab.cli.questions import choose, ids_of, load_questions, usable
+from fmd_ext.lab.cli.questions import choose, held_out, ids_of, load_questions, usable
 from fmd_ext.lab.cli.scores import show_evaluation, show_speed
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, unreadable
 from fmd_ext.lab.eval.clips import Reading
@@ -30,16 +31,16 @@ from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
 from fmd_ext.lab.eval.run import DeviceLost, Runner, rank_and_size
+from fmd_ext.lab.eval.scores import evaluate, write_scores
 from fmd_ext.lab.eval.speed import measure, read_speed, write_speed
+from fmd_ext.lab.eval.statistics import require_scipy
 
 
 def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
-    try:
-        import fmd_ext.lab.eval.scores  # noqa: F401  fails here, not after hours of answers
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    with blaming_input(ImportError):
+        require_scipy()
     if args.score_only:
         if args.output is None:
             raise UserError("--score-only needs the results folder: --output FOLDER")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.benchmark is None or args.data is None:
         raise UserError("--benchmark and --data say what to ask (or --score-only, --list)")
     loaded = load_questions(args)
-    items = choose(args, loaded.items)
+    items, calibration = held_out(args, loaded, choose(args, loaded.items))
     with blaming_input(ValueError, OSError):
         choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
         decoding = Decoding(
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(loaded.report()))
     if args.check:
         return _check(loaded, items)
-    return _answer(args, loaded, usable(args, loaded, items), choices, decoding, rank, size)
+    return _answer(args, loaded, usable(args, loaded, items), calibration, choices, decoding, rank, size)
 
 
 def _check(loaded: Loaded, items: list[Item]) -> int:
@@ -72,6 +73,7 @@ def _answer(
     args: argparse.Namespace,
     loaded: Loaded,
     items: list[Item],
+    calibration: Mapping[str, Any],
     choices: list[Choice],
     decoding: Decoding,
     rank: int,
@@ -101,7 +103,7 @@ def _answer(
                 in_force[choice.name] = settings
         with results.at_work(run_settings(args, loaded, model, decoding, reading), loaded.items, in_force):
             if rank == 0:
-                results.record_selection(items, ids_of(args.exclude))
+                results.record_selection(items, ids_of(args.exclude), calibration)
             runner.run(
                 items,
                 batch_size=args.batch_size,
@@ -135,8 +137,6 @@ def _tell_about(model: LoadedModel, decoding: Decoding) -> None:
 
 
 def _score(args: argparse.Namespace, results: Results) -> int:
-    from fmd_ext.lab.eval.scores import evaluate, write_scores
-
     with blaming_input(ResultsError, DataError, OSError):
         evaluation = evaluate(results, baseline=args.baseline, protocol=args.protocol)
         write_scores(results, evaluation)

@@ -21,6 +21,7 @@ class Counts:
         failed: of these those that some method could not answer.
         unfinished: of these those that some method was not asked yet.
         excluded: left out by hand.
+        calibration_left_out, calibration_kept: about videos that the settings were calibrated on.
         malformed, missing_videos: records and videos that the run did without.
         reasons: why answers are missing, the most frequent first, to the number of answers.
         notes: kind of note to method to number of answers, of those that there are.
@@ -31,6 +32,8 @@ class Counts:
     failed: int
     unfinished: int
     excluded: int
+    calibration_left_out: int
+    calibration_kept: int
     malformed: int
     missing_videos: int
     reasons: Mapping[str, int]
@@ -45,11 +48,17 @@ class Counts:
         lines = [", ".join([first, *rest])]
         left_out = {
             "excluded by hand": self.excluded,
+            "about videos of the calibration": self.calibration_left_out,
             "malformed records": self.malformed,
             "missing videos": self.missing_videos,
         }
         if any(left_out.values()):
             lines.append("left out: " + ", ".join(f"{count} {name}" for name, count in left_out.items() if count))
+        if self.calibration_kept:
+            lines.append(
+                f"{self.calibration_kept} questions are about videos that the settings were calibrated on: their "
+                "accuracy says less than it seems to"
+            )
         reasons = list(self.reasons.items())
         lines += [f"{count} answers are missing: {reason}" for reason, count in reasons[:most]]
         if len(reasons) > most:
@@ -73,10 +82,11 @@ def count(
     methods: Sequence[str],
     samples: Iterable[int],
     *,
-    excluded: int,
+    left_out: tuple[Sequence[str], Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> Counts:
-    """Counts over ``items`` that are asked; ``settings`` are the run's, with what it did without."""
+    """Counts over ``items`` that are asked. ``left_out``: of `Results.left_out`; ``settings``: of the run."""
+    excluded, calibration = left_out
     samples = list(samples)
     ids = {item.id for item in items}
     states = collections.Counter(_state(item, predictions, methods, samples) for item in items)
@@ -96,7 +106,9 @@ def count(
         answered=states["answered"],
         failed=states["failed"],
         unfinished=states["unfinished"],
-        excluded=excluded,
+        excluded=len(excluded),
+        calibration_left_out=0 if calibration.get("kept") else len(calibration.get("questions", ())),
+        calibration_kept=len(calibration.get("questions", ())) if calibration.get("kept") else 0,
         malformed=without.get("malformed", 0),
         missing_videos=without.get("missing_videos", 0),
         reasons=dict(reasons.most_common()),

@@ -85,7 +85,8 @@ def _dots(
 
 
 def _reach(distance: float) -> float:
-    return 100 * distance if math.isfinite(distance) else 0.0
+    """In per cent, of a bar; matplotlib refuses negative ones, which a percentile interval beside its value gives."""
+    return 100 * max(0.0, distance) if math.isfinite(distance) else 0.0
 
 
 def _svg(drawn: Any, title: str) -> str:

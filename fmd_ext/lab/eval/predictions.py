@@ -195,20 +195,34 @@ class Results:
                     "another folder, or name the settings"
                 )
 
-    def record_selection(self, asked: Sequence[Item], excluded: Iterable[str] = ()) -> None:
-        """Adds to the questions that are asked in this folder; those ``excluded`` (ids) are asked no longer."""
-        before, excluded = self.asked() or set(), set(excluded)
-        ids = (before | {item.id for item in asked}) - excluded
-        selection = {"asked": [item.id for item in self.items() if item.id in ids], "excluded": sorted(excluded)}
+    def record_selection(
+        self, asked: Sequence[Item], excluded: Iterable[str] = (), calibration: Mapping[str, Any] | None = None
+    ) -> None:
+        """Adds to the questions that are asked in this folder; those ``excluded`` (ids) are asked no longer.
+
+        ``calibration``: of questions about videos that settings were chosen on their ids as ``questions``, and whether
+        they are ``kept``.
+        """
+        calibration = dict(calibration or {})
+        left_out = {*excluded, *(() if calibration.get("kept") else calibration.get("questions", ()))}
+        ids = ((self.asked() or set()) | {item.id for item in asked}) - left_out
+        selection = {
+            "asked": [item.id for item in self.items() if item.id in ids],
+            "excluded": sorted(excluded),
+            "calibration": calibration,
+        }
         write_atomically(self.folder / "selection.json", json.dumps(selection, ensure_ascii=False))
 
     def asked(self) -> set[str] | None:
         """Ids of the questions that are asked; None where nobody recorded them."""
         return set(self._json("selection.json")["asked"]) if (self.folder / "selection.json").exists() else None
 
-    def excluded(self) -> list[str]:
-        """Ids of the questions that were excluded by hand."""
-        return self._json("selection.json")["excluded"] if (self.folder / "selection.json").exists() else []
+    def left_out(self) -> tuple[list[str], dict[str, Any]]:
+        """Ids of the questions that were excluded by hand, and what `record_selection` was told about calibration."""
+        if not (self.folder / "selection.json").exists():
+            return [], {}
+        selection = self._json("selection.json")
+        return selection["excluded"], selection["calibration"]
 
     def settings(self) -> dict[str, Any]:
         return self._json("run.json")

@@ -98,7 +98,7 @@ def evaluate(
     samples = range(1 + max(key[2] for key in predictions))
 
     answered = [item for item in items if is_answered(item, predictions, methods, samples)]
-    counts = count(items, predictions, methods, samples, excluded=len(results.excluded()), settings=settings)
+    counts = count(items, predictions, methods, samples, left_out=results.left_out(), settings=settings)
     if not answered:
         why = "".join(
             f"; {number} answers are missing: {reason}" for reason, number in list(counts.reasons.items())[:1]
