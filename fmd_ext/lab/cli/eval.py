@@ -192,7 +192,11 @@ def run_settings(
             "model_revision": getattr(model.model.config, "_commit_hash", None),
             "random_weights": model.is_random,
             "checkpoint_generation_config": checkpoint_settings(model.model),
-            "questions": {"found": len(loaded.items), "published": loaded.count_report()},
+            "questions": {
+                "found": len(loaded.items),
+                "doubled": len(loaded.doubled),
+                "published": loaded.count_report(),
+            },
             "excluded": {"malformed": len(loaded.malformed), "missing_videos": len(loaded.missing)},
             "versions": {"python": platform.python_version(), **versions},
             "machine": gpu or cpu_model(),

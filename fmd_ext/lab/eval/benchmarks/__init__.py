@@ -37,6 +37,7 @@ class Loaded:
         digest: SHA-256 of these files: the version of the questions.
         malformed: one line per record that cannot be used.
         missing: names of videos that are not there.
+        doubled: ids that more than one record has; all are kept, the second as ``ID#2``.
     """
 
     benchmark: Benchmark
@@ -46,6 +47,7 @@ class Loaded:
     digest: str
     malformed: list[str]
     missing: list[str]
+    doubled: list[str]
 
     def report(self, most: int = 20) -> list[str]:
         """What was found and what is wrong, one line each; lists are cut after ``most`` lines."""
@@ -55,6 +57,11 @@ class Loaded:
             f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
         ]
         lines += self.count_report()
+        if self.doubled:
+            lines.append(
+                f"{len(self.doubled)} ids are there more than once, such as {self.doubled[0]}; all are kept, the "
+                f"second as {self.doubled[0]}#2"
+            )
         for title, problems in (
             ("records that cannot be used", self.malformed),
             ("videos that are missing", self.missing),
@@ -124,16 +131,27 @@ def load(name: str, folder: str | Path, *, prompt: str = "default", questions: s
         raise DataError(f"no such folder: {folder}")
     records, files = read_records(folder, benchmark.files, Path(questions) if questions else None)
     findings = Findings(folder)
-    items = benchmark.read(records, findings)
-    doubled = [identity for identity, count in collections.Counter(i.id for i in items).items() if count > 1]
-    findings.malformed += [f"the id {identity} is there more than once" for identity in doubled]
-    items = list({item.id: item for item in reversed(items)}.values())[::-1]
+    try:
+        items = benchmark.read(records, findings)
+    except DataError as error:
+        raise DataError(f"{', '.join(map(str, files))} is no file of {benchmark.title} as expected: {error}") from error
+    items, doubled = _with_own_ids(items)
     if not items:
         wrong = findings.malformed[0] if findings.malformed else "they are empty"
         raise DataError(f"no question in {', '.join(map(str, files))} can be asked: {wrong}")
     items = [dataclasses.replace(item, prompt=ask(item, chosen.template)) for item in items]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    return Loaded(benchmark, items, chosen, files, digest, findings.malformed, list(findings.missing))
+    return Loaded(benchmark, items, chosen, files, digest, findings.malformed, list(findings.missing), doubled)
+
+
+def _with_own_ids(items: list[Item]) -> tuple[list[Item], list[str]]:
+    """Published files have ids twice, with another answer: each record is a question of its own."""
+    seen: collections.Counter[str] = collections.Counter()
+    own: list[Item] = []
+    for item in items:
+        seen[item.id] += 1
+        own.append(item if seen[item.id] == 1 else dataclasses.replace(item, id=f"{item.id}#{seen[item.id]}"))
+    return own, [identity for identity, count in seen.items() if count > 1]
 
 
 def select(

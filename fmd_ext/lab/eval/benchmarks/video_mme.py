@@ -16,7 +16,7 @@ _SELECT = (
 _OFFICIAL = "the authors' prompts, https://github.com/MME-Benchmarks/Video-MME"
 
 
-def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
+def read(records: list[Any], findings: Findings) -> list[Item]:
     items: list[Item] = []
     for number, record in enumerate(records, 1):
         names = (
