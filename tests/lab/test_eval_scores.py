@@ -13,6 +13,7 @@ from fmd_ext.lab.eval import captions, statistics
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Prediction, Results, ResultsError, Share
 from fmd_ext.lab.eval.scores import ALL, evaluate, write_scores
+from fmd_ext.lab.eval.wording import caption_against
 
 TASKS = ("AV Matching", "Audio-driven Video Hallucination")
 
@@ -195,7 +196,33 @@ def test_captions_are_scored_or_it_is_said_why_not(tmp_path):
         if shutil.which("java") is None:
             assert "Java" in evaluation.captions["vanilla"]
         else:
-            assert evaluation.captions["fmd"]["METEOR"] > evaluation.captions["vanilla"]["METEOR"] > 0
+            cells = {method: evaluation.captions[method]["METEOR"] for method in ("vanilla", "fmd")}
+            assert cells["fmd"].corpus > cells["vanilla"].corpus > 0
+            assert cells["fmd"].comparison.gained == 2
+
+
+def test_captions_are_compared_in_pairs(tmp_path, monkeypatch):
+    """With made-up scores per caption: intervals over videos, and tests that are adjusted over the methods."""
+    items = [Item(f"c{i}", f"v{i // 2}", None, "Describe.", "caption", "a dog") for i in range(12)]
+    rng = np.random.default_rng(0)
+    own = {method: rng.uniform(size=12) for method in ("vanilla", "fmd", "vcd")}
+
+    def scored(references, said):
+        assert references == ["a dog"] * 12
+        return captions.CaptionScores({"CIDEr": 0.25}, {"CIDEr": own[said[0]]})
+
+    monkeypatch.setattr("fmd_ext.lab.eval.scores.caption_scores", scored)
+    evaluation = evaluate(make(tmp_path, {method: [method] * 12 for method in own}, items=items))
+    videos = [item.video for item in items]
+    expected = [statistics.compare(own[method], own["vanilla"], videos) for method in ("fmd", "vcd")]
+    for method, comparison, p in zip(
+        ("fmd", "vcd"), expected, statistics.holm([c.p_value for c in expected]), strict=True
+    ):
+        cell = evaluation.captions[method]["CIDEr"]
+        assert (cell.corpus, cell.comparison, cell.adjusted_p) == (0.25, comparison, p)
+        assert cell.mean == statistics.mean(own[method], videos)
+    assert evaluation.captions["vanilla"]["CIDEr"].comparison is None
+    assert caption_against(evaluation.captions["fmd"]["CIDEr"]).startswith(f"{expected[0].difference.value:+.3f} (")
 
 
 def test_java_that_is_missing_is_named(monkeypatch):

@@ -18,6 +18,7 @@ class Counts:
     Attributes:
         asked: that the run is about.
         answered: of these by every method; what the tables are about.
+        captions: of the answered those that are scored as captions.
         failed: of these those that some method could not answer.
         unfinished: of these those that some method was not asked yet.
         excluded: left out by hand.
@@ -29,6 +30,7 @@ class Counts:
 
     asked: int
     answered: int
+    captions: int
     failed: int
     unfinished: int
     excluded: int
@@ -42,6 +44,7 @@ class Counts:
     def lines(self, most: int = 8) -> list[str]:
         """For people, one line each; at most so many reasons."""
         first = f"{self.answered} of {self.asked} questions answered by every method"
+        first += f" ({self.captions} of them captions)" * bool(self.captions)
         rest = [f"{self.failed} failed"] * bool(self.failed) + [f"{self.unfinished} not asked yet"] * bool(
             self.unfinished
         )
@@ -104,6 +107,7 @@ def count(
     return Counts(
         asked=len(items),
         answered=states["answered"],
+        captions=sum(item.kind == "caption" and is_answered(item, predictions, methods, samples) for item in items),
         failed=states["failed"],
         unfinished=states["unfinished"],
         excluded=len(excluded),

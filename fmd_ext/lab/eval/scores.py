@@ -31,6 +31,23 @@ PROTOCOLS = ("ours", "official")
 
 
 @dataclasses.dataclass(frozen=True)
+class CaptionCell:
+    """One metric of one method's captions.
+
+    Attributes:
+        corpus: the score of all captions together, as papers give it.
+        mean: of the captions' own scores, with its interval.
+        comparison: of the captions' own scores with the baseline's; None for the baseline itself.
+        adjusted_p: of the comparison, after Holm, over all methods.
+    """
+
+    corpus: float
+    mean: Estimate
+    comparison: Comparison | None = None
+    adjusted_p: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """All that is known of a run.
 
@@ -41,7 +58,7 @@ class Evaluation:
         counts: what became of the questions.
         tables: the first one is about all items together.
         averages: category to method to mean over its groups.
-        captions: method to metric to score; a text where it could not be computed.
+        captions: method to metric to its cell; a text where it could not be computed.
         speed: method to its median times in the run, and their ratio to the baseline's.
         items_needed: gain to number of items that shows it with 80 % power, per method against the baseline.
         detectable: method to the gain that this run's items show with 80 % power.
@@ -54,7 +71,7 @@ class Evaluation:
     counts: Counts
     tables: list[Table]
     averages: dict[str, dict[str, Estimate]]
-    captions: dict[str, dict[str, float] | str]
+    captions: dict[str, dict[str, CaptionCell] | str]
     speed: dict[str, dict[str, float]]
     items_needed: dict[str, dict[str, int | None]]
     detectable: dict[str, float]
@@ -129,7 +146,7 @@ def evaluate(
         counts=counts,
         tables=tables,
         averages=averages,
-        captions=_captions(captions, predictions, methods, len(samples)),
+        captions=_captions(captions, predictions, methods, len(samples), confidence),
         speed=_speed([*common, *captions], predictions, methods, len(samples)),
         items_needed={m: _needed(overall[m].comparison) for m in methods[1:] if overall and overall[m].comparison},
         detectable={m: _detectable(overall[m].comparison) for m in methods[1:] if overall and overall[m].comparison},
@@ -194,15 +211,29 @@ def _speed(
 
 
 def _captions(
-    items: list[Item], predictions: dict[Key, Prediction], methods: list[str], samples: int
-) -> dict[str, dict[str, float] | str]:
+    items: list[Item], predictions: dict[Key, Prediction], methods: list[str], samples: int, confidence: float
+) -> dict[str, dict[str, CaptionCell] | str]:
     if not items:
         return {}
     references = [item.answer for item in items for _ in range(samples)]
-    return {
+    found = {
         method: caption_scores(references, [predictions[method, i.id, s].raw for i in items for s in range(samples)])
         for method in methods
     }
+    if why := next((scores for scores in found.values() if isinstance(scores, str)), None):
+        return dict.fromkeys(methods, why)
+    videos = [item.video for item in items]
+    cells: dict[str, dict[str, CaptionCell]] = {method: {} for method in methods}
+    for metric in found[methods[0]].corpus:
+        own = {method: scores.items[metric].reshape(len(items), samples).mean(1) for method, scores in found.items()}
+        comparisons = [
+            statistics.compare(own[method], own[methods[0]], videos, confidence=confidence) for method in methods[1:]
+        ]
+        adjusted = statistics.holm([comparison.p_value for comparison in comparisons])
+        for method, comparison, p in zip(methods, [None, *comparisons], [None, *adjusted], strict=True):
+            mean = statistics.mean(own[method], videos, confidence=confidence)
+            cells[method][metric] = CaptionCell(found[method].corpus[metric], mean, comparison, p)
+    return cells
 
 
 def _needed(comparison: Comparison) -> dict[str, int | None]:
