@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fmd_ext.hardware import cpu_model
+from fmd_ext.serve import environment
 
 SUPPORTED_TORCH = (2, 10)
 SUPPORTED_TRANSFORMERS = (5, 17)
@@ -52,6 +53,7 @@ def examine() -> dict[str, Any]:
     report["libraries"] = _libraries(report)
     report["ops"] = _ops(report) if not report["problems"] else []
     report["decode_runner"] = _decode_runner(report)
+    environment.examine(report)
     return report
 
 
@@ -187,6 +189,7 @@ def _print(report: dict[str, Any]) -> None:
     section("ops", [(f"{op['op']} ({op['device']})", _op_line(op)) for op in report["ops"]])
     runner = report["decode_runner"]
     section("decode runner", [("by default", f"{'on' if runner['on_by_default'] else 'off'}: {runner['why']}")])
+    section("serving", [("vLLM", environment.in_words(report["serving"]))])
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for problem in report["problems"]:

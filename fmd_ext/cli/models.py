@@ -67,7 +67,7 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     """
     target = _device(device)
     if source is not None:
-        if _is_path(source) and not Path(source).is_dir():
+        if is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
         return _load(source, source, dtype, target)
     trained = lab_module("trained", "the built-in model")
@@ -122,7 +122,7 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
     return LoadedModel(model.eval(), processor, name, bool(getattr(config, RANDOM_MARK, False)))
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """A hub name is ``owner/name`` or ``name``."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 

@@ -19,7 +19,7 @@ from fmd_ext.serve.tokens import ReservedIds
 
 
 class BranchedAttention(nn.Module):
-    """Attention of both branches: the layer's own keys and values for the visual branch, a second set for the audio one.
+    """Attention of both branches: the layer's own cache for the visual branch, a second one for the audio branch.
 
     A second layer of the same kind, to vLLM: it allocates, finds and frees the blocks of both together.
     """

@@ -43,7 +43,7 @@ class ForkedThinker:
 
 
 class ForkedProcessor:
-    """In front of a thinker's processor: a request with picture and sound gets reserved ids, unless it is switched off."""
+    """In front of a thinker's processor: a request with picture and sound gets reserved ids, if it does not opt out."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

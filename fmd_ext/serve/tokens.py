@@ -41,7 +41,7 @@ class ReservedIds(nn.Module):
         return torch.where(ids >= self.first, usual, ids)
 
     def labels(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether each of ``ids`` [tokens] is visual, and whether it is audio, in a request that forks; bool [tokens]."""
+        """Which of ``ids`` [tokens] are visual, and which audio, in a request that forks; bool [tokens] each."""
         is_audio = ids == self.first + 2
         return (ids >= self.first) & ~is_audio, is_audio
 

@@ -110,7 +110,7 @@ def test_a_prompt_may_be_cut_anywhere(engine, library):
     """Chunks of 32: which tokens a cut falls between depends on the length of the text before the clip."""
     video, audio = FIRST_RESERVED + 1, FIRST_RESERVED + 2
     cut_in = set()
-    for words in range(0, 14):
+    for words in range(30):
         ask = Ask("What is making sound?", SEPARATE, system="a " * words)
         output = answers(engine, [ask.prompt()], greedy())[0]
         ids = output.prompt_token_ids
@@ -159,35 +159,3 @@ class TestPrefixCache:
         off = answers(engine, [ask.prompt(fmd=False)], greedy())[0]
         assert off.num_cached_tokens == start_of_clip // BLOCK * BLOCK
         assert tokens([on, off]) == [library.answer(ask)[0], unpatched.answer(ask)[0]]
-
-
-class TestSampling:
-    ASK = BOTH_MODALITIES["separate"]
-
-    def sampling(self, **options):
-        from vllm import SamplingParams
-
-        return SamplingParams(**{"temperature": 1.5, "max_tokens": 24, "ignore_eos": True, **options})
-
-    def test_a_seed_gives_the_same_answer_again(self, engine):
-        first, second = (answers(engine, [self.ASK.prompt()], self.sampling(seed=7))[0] for _ in range(2))
-        other = answers(engine, [self.ASK.prompt()], self.sampling(seed=8))[0]
-        assert tokens([first]) == tokens([second]) != tokens([other])
-
-    def test_several_answers_of_one_prompt(self, engine):
-        output = answers(engine, [self.ASK.prompt()], self.sampling(n=3, seed=1))[0]
-        found = {tuple(answer.token_ids) for answer in output.outputs}
-        assert len(output.outputs) == len(found) == 3
-
-    def test_reserved_ids_are_never_sampled(self, engine):
-        """Their rows of the embedding are zeros, so their logits would be, too: likely ones at a high temperature."""
-        output = answers(engine, [self.ASK.prompt()], self.sampling(temperature=50.0, n=4, max_tokens=400, seed=0))[0]
-        sampled = [token for answer in output.outputs for token in answer.token_ids]
-        assert len(sampled) == 1600 and max(sampled) < FIRST_RESERVED
-
-    def test_log_probabilities_of_the_prompt(self, engine):
-        output = answers(engine, [self.ASK.prompt()], greedy(1, prompt_logprobs=1))[0]
-        told = output.prompt_logprobs
-        assert len(told) == len(output.prompt_token_ids)
-        text = [index for index, token in enumerate(output.prompt_token_ids) if token < FIRST_RESERVED][1:]
-        assert all(told[index][output.prompt_token_ids[index]].logprob > -100 for index in text)
