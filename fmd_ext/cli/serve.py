@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,16 @@ def run(args: argparse.Namespace) -> int:
     missing = environment.what_is_missing()
     if missing is not None:
         raise UserError(missing)
-    command = [*serve_command(args.model, config_from(args), args.vllm)]
+    command = [*environment.server_command(), *serve_arguments(args.model, config_from(args), args.vllm)]
     added = environment.process_environment()
-    shown = [*(f"{name}={value}" for name, value in added.items()), "vllm", *command]
-    print(shlex.join(shown), flush=True)
+    print(shlex.join([*(f"{name}={value}" for name, value in added.items()), *command]), flush=True)
     if args.print_only:
         return 0
-    os.execve(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command], {**os.environ, **added})
+    os.execvpe(command[0], command, {**os.environ, **added})
 
 
-def serve_command(source: str, config: FMDConfig, more: list[str]) -> list[str]:
-    """The arguments of ``vllm`` that serve ``source``: a folder, a hub name, or ``"built-in"``.
+def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str]:
+    """The arguments of ``vllm serve`` for ``source``: a folder, a hub name, or ``"built-in"``.
 
     Args:
         config: settings that were given; what is not given takes its default when vLLM starts.
@@ -82,7 +80,7 @@ def serve_command(source: str, config: FMDConfig, more: list[str]) -> list[str]:
     for flag, value in flags.items():
         if flag not in more:
             written += [flag, value if isinstance(value, str) else json.dumps(value)]
-    return ["serve", source, *written, *more]
+    return [source, *written, *more]
 
 
 def _as_full_model(thinker: Path) -> Path:

