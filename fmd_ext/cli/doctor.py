@@ -18,7 +18,11 @@ import fmd_ext
 from fmd_ext import compat
 from fmd_ext.config import MASKINGS
 from fmd_ext.hardware import cpu_model
+<<<<<<< HEAD
 from fmd_ext.torchvision_mend import mend_torchvision, torchvision_advice
+=======
+from fmd_ext.serve import environment
+>>>>>>> serve
 
 SUPPORTED_TORCH = (2, 10)
 PACKAGES = ("torch", "transformers", "torchvision", "tokenizers", "av", "numpy")
@@ -61,6 +65,7 @@ def examine() -> dict[str, Any]:
     report["ops"] = _ops(report) if report["libraries"] else []
     report["forked_calls"] = _forked_calls(report)
     report["decode_runner"] = _decode_runner(report)
+    environment.examine(report)
     return report
 
 
@@ -305,6 +310,7 @@ def _print(report: dict[str, Any]) -> None:
     section("forked calls", calls or [("not tried", "see the problems below")])
     runner = report["decode_runner"]
     section("decode runner", [("by default", f"{'on' if runner['on_by_default'] else 'off'}: {runner['why']}")])
+    section("serving", [("vLLM", environment.in_words(report["serving"]))])
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for problem in report["problems"]:

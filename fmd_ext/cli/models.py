@@ -57,7 +57,7 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     """
     target = _device(device)
     if source is not None:
-        if _is_path(source) and not Path(source).is_dir():
+        if is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
         with _progress_bars(sys.stderr.isatty()), reachable(source):
             return _load(source, source, dtype, target)
@@ -107,7 +107,7 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
     return LoadedModel(model.eval(), processor, name, bool(config.get(RANDOM_MARK, False)))
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """A hub name is ``owner/name`` or ``name``."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
