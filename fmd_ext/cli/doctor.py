@@ -18,11 +18,8 @@ import fmd_ext
 from fmd_ext import compat
 from fmd_ext.config import MASKINGS
 from fmd_ext.hardware import cpu_model
-<<<<<<< HEAD
-from fmd_ext.torchvision_mend import mend_torchvision, torchvision_advice
-=======
 from fmd_ext.serve import environment
->>>>>>> serve
+from fmd_ext.torchvision_mend import mend_torchvision, torchvision_advice
 
 SUPPORTED_TORCH = (2, 10)
 PACKAGES = ("torch", "transformers", "torchvision", "tokenizers", "av", "numpy")

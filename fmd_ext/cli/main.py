@@ -21,15 +21,11 @@ LAB_COMMANDS = ("calibrate", "curves", "demo", "diagnose", "eval")  # their code
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 1 (doctor found something wrong), 2 (wrong input) or 130 (Ctrl-C)."""
     parser = _parser()
-<<<<<<< HEAD
-    args = parser.parse_args(argv)
-=======
     args, more = parser.parse_known_args(argv)
     if args.command == "serve":
         args.vllm = more
     elif more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
->>>>>>> serve
     try:
         if uses_built_in_model(args):
             print(f"note: {TOY_MODEL}; --model NAME takes another", file=sys.stderr)

@@ -146,6 +146,19 @@ def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
     return array.astype(np.int8)
 
 
+def covering(labels: np.ndarray, length: int) -> np.ndarray:
+    """``labels`` [batch, n], given by hand for a sequence of ``length`` positions, or one that later calls go on with.
+
+    Raises ValueError for labels that end before the sequence does: nothing tells which positions they leave out.
+    """
+    if labels.shape[1] < length:
+        raise ValueError(
+            f"modality_labels are for {labels.shape[1]} positions, the sequence has {length}: label every one, 0 where "
+            "it is text, as virtual tokens before the prompt are"
+        )
+    return labels
+
+
 def modality_bits(labels: np.ndarray) -> np.ndarray:
     """The modalities that occur in ``labels`` [batch, length], int8 [batch]: bit 1 visual, bit 2 audio, joint both."""
     joint = (labels == JOINT).any(1)

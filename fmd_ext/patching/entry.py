@@ -13,13 +13,12 @@ from fmd_ext.compat import cache_argument
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.cache import state_of
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
-from fmd_ext.engine.prompt import Prompt, check_labels
+from fmd_ext.engine.prompt import Prompt, check_labels, covering
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import TEXT
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
-    covering,
     covering_prompt,
     only_new,
     prompt_ids,
@@ -79,7 +78,7 @@ class EntryForward(_Entry):
         given = embeds if ids is None else ids
         length = past + (0 if given is None else given.shape[1])
         if modality_labels is not None:
-            return Prompt(covering(modality_labels, length))
+            return Prompt(covering(check_labels(modality_labels), length))
         generating, context = self.session.generating, self.session.labels_of_context
         if generating is not None and self._is_part_of(generating, call, given, past):
             return generating.begin()
@@ -153,10 +152,11 @@ class EntryGenerate(_Entry):
             # In a context, labels may be those of a longer sequence; virtual tokens stand before any.
             is_exact = length is not None and (modality_labels is not None or virtual)
             labels = covering_prompt(labels, length, virtual) if is_exact else check_labels(labels)
-        elif self.read_labels is not None and ids is not None:
-            labels, is_read = self.read_labels.of_ids(ids, call), True
-            if labels is not None:
-                labels = _shifted(labels, past if only_new(ids, mask, past) else 0)
+        elif self.read_labels is not None and (ids is not None or embeds is not None):
+            # Embeddings are those of the whole sequence, as an attention mask is.
+            labels = self.read_labels.of_embeds(embeds, call) if ids is None else self.read_labels.of_ids(ids, call)
+            if is_read := labels is not None:
+                labels = _shifted(labels, past if ids is not None and only_new(ids, mask, past) else 0)
         source = ids if embeds is None else embeds
         return Prompt(labels, source, past, branch_embeds, width, is_read, virtual)
 

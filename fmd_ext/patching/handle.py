@@ -12,7 +12,7 @@ from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.auto import OpenCall
 from fmd_ext.engine.call import Call
-from fmd_ext.engine.forward import SESSION, ForkedDecoder, MergeHook
+from fmd_ext.engine.forward import ForkedDecoder, MergeHook
 from fmd_ext.engine.session import Session
 from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
@@ -128,8 +128,6 @@ class Handle:
         attention = [module for layer in decoder.layers for module in attention_modules(layer, self.adapter)]
         for module in (decoder, *attention):
             put.branch_config(module)
-        for module in attention:
-            put.set(module, SESSION, self.session)
         reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
         self.why_not_fused = next(filter(None, reasons), "")
         for module, reason in zip(attention, reasons, strict=True):
