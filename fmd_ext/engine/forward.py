@@ -22,7 +22,7 @@ from fmd_ext.engine.cache import adopt, modality_bits
 from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.outputs import unpack_outputs
 from fmd_ext.engine.plan import StepPlan
-from fmd_ext.engine.session import UNREAD_BRANCHES, Session, check_labels, covering
+from fmd_ext.engine.session import UNREAD_BRANCHES, Session, check_labels
 
 ATTENTION_NAME = "fmd_ext"
 
@@ -219,7 +219,7 @@ class ForkedDecoder:
     def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
         batch, length = embeds.shape[:2]
-        whole = self.session.labels_for(batch) if given is None else covering(check_labels(given, batch), past + length)
+        whole = self.session.labels_for(batch) if given is None else check_labels(given, batch)
         labels = np.full((batch, length), TEXT, np.int8)
         if whole is None or whole.shape[1] <= past or not self.session.config.fork_layers:
             return labels, None

@@ -165,16 +165,3 @@ def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
     if unknown.size:
         raise ValueError(f"{accepted}; got {unknown[:5].tolist()}")
     return array.astype(np.int8)
-
-
-def covering(labels: np.ndarray, length: int) -> np.ndarray:
-    """``labels`` [batch, n], given by hand for a sequence of ``length`` positions, or one that later calls go on with.
-
-    Raises ValueError for labels that end before the sequence does: nothing tells which positions they leave out.
-    """
-    if labels.shape[1] < length:
-        raise ValueError(
-            f"modality_labels are for {labels.shape[1]} positions, the sequence has {length}: label every one, 0 where "
-            "it is text, as virtual tokens before the prompt are"
-        )
-    return labels

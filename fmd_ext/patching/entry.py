@@ -11,10 +11,11 @@ from torch import nn
 
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
-from fmd_ext.engine.session import Session, check_labels, covering
+from fmd_ext.engine.session import Session
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
+    covering,
     covering_prompt,
     only_new,
     prompt_ids,
@@ -71,7 +72,7 @@ class EntryForward(_Entry):
         ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
         length = past + (embeds if ids is None else ids).shape[1] if ids is not None or embeds is not None else 0
         if given is not None:
-            return self.session.labels(covering(check_labels(given), length))
+            return self.session.labels(covering(given, length))
         if ids is None and embeds is not None and self.read_labels is not None:
             return self._labelled_by_embeds(embeds, call, past, length)
 

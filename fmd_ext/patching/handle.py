@@ -19,7 +19,7 @@ from fmd_ext.patching.entry import EntryForward, EntryGenerate
 from fmd_ext.patching.fusions.norms import FusedNorm, is_plain
 from fmd_ext.patching.fusions.rotary import FusedRotation, why_not_fused
 from fmd_ext.patching.installation import Installation, no_context
-from fmd_ext.patching.labelling import LabelReader, cached
+from fmd_ext.patching.labelling import LabelReader, cached, covering
 from fmd_ext.patching.refusals import attention_modules, refuse_unsupported
 from fmd_ext.patching.row_counters import RowCounters
 
@@ -138,7 +138,10 @@ class Handle:
             put.pre_hook(module, MergeHook(self.session, index))
 
     def _decoder_call(self, call: dict[str, Any]) -> contextlib.AbstractContextManager:
-        is_prompt = not cached(call)
+        past, given = cached(call), call.get("inputs_embeds", call.get("input_ids"))
+        if call.get("modality_labels") is not None and given is not None:
+            covering(call["modality_labels"], past + given.shape[1])
+        is_prompt = not past
         if is_prompt and (name := self._other_attention()):
             raise RuntimeError(
                 f"the attention module of {name} was put in after fmd_ext.patch, which it does not run by: unpatch the "
