@@ -19,6 +19,7 @@ from fmd_ext.labels import TEXT
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
+    covering,
     covering_prompt,
     only_new,
     prompt_ids,

@@ -93,7 +93,8 @@ class Handle:
         """A context in which the calls' positions carry ``modality_labels`` [batch, length].
 
         They are counted from the start of the sequence, cached positions included, as an attention mask is; positions
-        past their end are text. When ``generate`` repeats samples (beams, several sequences), labels repeat with them.
+        past their end are text (words after a prompt), where the call brings ids: embeddings must not go on past it.
+        When ``generate`` repeats samples (beams, several sequences), labels repeat with them.
         """
         return self.session.labels(modality_labels)
 

@@ -26,7 +26,8 @@ def test_features_fork_without_ids(thinker, samples):
     handle = fmd_ext.patch(thinker, fork_layers=2)
     expected, tokens = thinker(**inputs).logits, thinker.generate(**inputs, **GREEDY)[:, -4:]
     forked = handle.last_call.plan.forked
-    handle.session.last_call = None
+    thinker(input_ids=torch.tensor([[30]]))
+    assert not handle.last_call.plan.forked.any()
     assert torch.equal(thinker(**as_embeds(thinker, inputs)).logits, expected)
     assert handle.last_call.plan.forked.tolist() == forked.tolist()
     assert torch.equal(thinker.generate(**as_embeds(thinker, inputs), **GREEDY)[:, -4:], tokens)

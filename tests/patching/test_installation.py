@@ -237,7 +237,7 @@ def test_a_call_that_waited_while_the_model_was_unpatched_runs_unpatched(figures
                 results.append(error)
 
     labels = torch.zeros_like(inputs["input_ids"])
-    with handle.session.lock:  # as a call of this thread would
+    with handle.labels(labels):  # which keeps other threads waiting, as a call does
         threads = [threading.Thread(target=call), threading.Thread(target=call, kwargs={"modality_labels": labels})]
         for thread in threads:
             thread.start()
