@@ -32,8 +32,8 @@ VANILLA, FORKED = "vanilla", "fork-merge decoding"
 # What docs/evidence.md says of the settings in force here; a test holds it to the recorded data.
 EVIDENCE = (
     "These are few questions. Over 1020 test clips (docs/evidence.md), with the settings that come with the model, "
-    "fork-merge decoding is worse at questions about the sound, and no different, as far as can be seen, at those about "
-    "the picture and about whether both match."
+    "fork-merge decoding is worse at questions about the sound, and no different, as far as can be seen, at those "
+    "about the picture and about whether both match."
 )
 
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             for name, right in zip((VANILLA, FORKED), zip(*marks, strict=True), strict=True)
         ]
         text_line(console, f"right: {', '.join(counts)}")
-        text_line(console, f"{EVIDENCE}\n")
+        console.print(f"{EVIDENCE}\n", highlight=False, markup=False)
     _measure(console, loaded, config, args, *last)
     return 0
 
