@@ -11,24 +11,12 @@ namespace {
 // Branch segments are numbered like their modality. Text and joint positions live in the first branch.
 int home_segment_of(Modality modality) { return modality == Modality::kAudio ? 2 : 1; }
 
-void check_bounds(const int64_t* cu_seqlens, int64_t batch) {
-  if (cu_seqlens[0] != 0) {
-    throw std::invalid_argument("cu_seqlens[0] is " + std::to_string(cu_seqlens[0]) + ", accepted is 0");
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    if (cu_seqlens[b + 1] < cu_seqlens[b]) {
-      throw std::invalid_argument("cu_seqlens[" + std::to_string(b + 1) + "] is " + std::to_string(cu_seqlens[b + 1]) +
-                                  ", below the value before it, " + std::to_string(cu_seqlens[b]));
-    }
-  }
-}
-
-int64_t count_home_rows(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, Masking masking) {
+int64_t count_home_rows(const int8_t* labels, int64_t batch, int64_t length, Masking masking) {
   int64_t count = 0;
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = cu_seqlens[b]; i < cu_seqlens[b + 1]; ++i) {
+    for (int64_t i = b * length; i < (b + 1) * length; ++i) {
       const auto refuse = [&](const char* why) {
-        throw std::invalid_argument("labels[" + std::to_string(b) + ", " + std::to_string(i - cu_seqlens[b]) + "] is " +
+        throw std::invalid_argument("labels[" + std::to_string(b) + ", " + std::to_string(i - b * length) + "] is " +
                                     std::to_string(labels[i]) + "; " + why);
       };
       if (labels[i] < static_cast<int8_t>(Modality::kPadding) || labels[i] > static_cast<int8_t>(Modality::kJoint)) {
@@ -75,13 +63,12 @@ void close_group(RowGroups& groups, int64_t segment) {
 
 }  // namespace
 
-Plan make_plan(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, const int64_t* seg_len,
-               const int64_t* trunk_len, const int8_t* phase, Masking masking) {
-  check_bounds(cu_seqlens, batch);
+Plan make_plan(const int8_t* labels, int64_t batch, int64_t length, const int64_t* seg_len, const int64_t* trunk_len,
+               const int8_t* phase, Masking masking) {
   check_state(batch, seg_len, trunk_len, phase);
 
   Plan plan;
-  plan.num_home = count_home_rows(labels, cu_seqlens, batch, masking);
+  plan.num_home = count_home_rows(labels, batch, length, masking);
   const size_t num_home = static_cast<size_t>(plan.num_home);
   plan.seg_len.assign(seg_len, seg_len + batch * kNumSegments);
   plan.phase.assign(phase, phase + batch);
@@ -109,7 +96,7 @@ Plan make_plan(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, c
       rows_of_segment[segment].push_back(row);
     };
 
-    for (int64_t i = cu_seqlens[b]; i < cu_seqlens[b + 1]; ++i) {
+    for (int64_t i = b * length; i < (b + 1) * length; ++i) {
       const Modality modality = static_cast<Modality>(labels[i]);
       if (modality == Modality::kPadding) continue;
       const bool is_text = modality == Modality::kText;

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import compat
+from .torchvision_mend import mend_when_torchvision_is_imported
 
 if TYPE_CHECKING:
     from .config import FMDConfig
     from .patching import Handle, handle_of, patch, unpatch
 
-compat.mend_torchvision()  # before anything imports transformers' models
+mend_when_torchvision_is_imported()  # transformers' models do
 
 __all__ = ["FMDConfig", "Handle", "handle_of", "patch", "unpatch"]
 __version__ = "0.1.0"
@@ -23,6 +23,10 @@ _HOMES = {"FMDConfig": "config", **dict.fromkeys(("Handle", "handle_of", "patch"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "FMDConfig":
+        from .compat import warn_about_transformers
+
+        warn_about_transformers()
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,38 +41,16 @@ fmd::Masking masking_from(const std::string& name) {
   throw py::value_error("masking is '" + name + "', accepted is 'zero' or 'attention'");
 }
 
-// Where each sample begins in the labels: given for a packed batch, regular for a padded one.
-std::vector<int64_t> cu_seqlens_of(const py::array& labels, const std::optional<py::array>& given) {
-  if (labels.ndim() == 2 && !given) {
-    std::vector<int64_t> regular(labels.shape(0) + 1);
-    for (size_t b = 0; b < regular.size(); ++b) regular[b] = static_cast<int64_t>(b) * labels.shape(1);
-    return regular;
-  }
-  if (labels.ndim() != 1 || !given) {
-    throw py::value_error("labels is " + describe(labels) + (given ? " with" : " without") +
-                          " cu_seqlens, accepted is int8 [batch, length], or int8 [positions] with cu_seqlens");
-  }
-  const auto checked_values = checked<int64_t>(*given, "cu_seqlens", "int64 [batch + 1]", {-1});
-  std::vector<int64_t> values(checked_values.data(), checked_values.data() + checked_values.size());
-  if (values.empty() || values.back() != labels.shape(0)) {
-    throw py::value_error("cu_seqlens ends with " + (values.empty() ? "nothing" : std::to_string(values.back())) +
-                          ", accepted is " + std::to_string(labels.shape(0)) + ", the number of labels");
-  }
-  return values;
-}
-
 fmd::Plan make_plan(const py::array& labels, const py::array& seg_len, const py::array& trunk_len,
-                    const py::array& phase, const std::string& masking, const std::optional<py::array>& cu_seqlens) {
-  const std::vector<py::ssize_t> any_size(labels.ndim() == 1 && cu_seqlens ? 1 : 2, -1);
-  const auto labels_checked = checked<int8_t>(labels, "labels", "int8 [batch, length]", any_size);
-  const std::vector<int64_t> bounds = cu_seqlens_of(labels, cu_seqlens);
-  const py::ssize_t batch = static_cast<py::ssize_t>(bounds.size()) - 1;
+                    const py::array& phase, const std::string& masking) {
+  const auto labels_checked = checked<int8_t>(labels, "labels", "int8 [batch, length]", {-1, -1});
+  const py::ssize_t batch = labels.shape(0), length = labels.shape(1);
   const std::string n = std::to_string(batch);
   const auto seg_len_checked =
       checked<int64_t>(seg_len, "seg_len", ("int64 [" + n + ", 3]").c_str(), {batch, fmd::kNumSegments});
   const auto trunk_len_checked = checked<int64_t>(trunk_len, "trunk_len", ("int64 [" + n + "]").c_str(), {batch});
   const auto phase_checked = checked<int8_t>(phase, "phase", ("int8 [" + n + "]").c_str(), {batch});
-  return fmd::make_plan(labels_checked.data(), bounds.data(), batch, seg_len_checked.data(), trunk_len_checked.data(),
+  return fmd::make_plan(labels_checked.data(), batch, length, seg_len_checked.data(), trunk_len_checked.data(),
                         phase_checked.data(), masking_from(masking));
 }
 
@@ -134,7 +111,7 @@ PYBIND11_MODULE(_core, m) {
           "num_rows", [](const fmd::Plan& plan) { return plan.positions.size(); }, "home and away rows")
       .def_property_readonly(
           "positions", [](py::object self) { return view(self.cast<const fmd::Plan&>().positions, self); },
-          "int64 [rows]: index into the labels; in a padded batch sample * length + position")
+          "int64 [rows]: index into the labels, sample * length + position")
       .def_property_readonly(
           "home_rows", [](py::object self) { return view(self.cast<const fmd::Plan&>().home_rows, self); },
           "int64 [away rows]: the home row that away row num_home + j merges into")
@@ -155,16 +132,15 @@ PYBIND11_MODULE(_core, m) {
           "int8 [batch]: phases after this call");
 
   m.def("make_plan", &make_plan, py::arg("labels"), py::arg("seg_len"), py::arg("trunk_len"), py::arg("phase"),
-        py::arg("masking"), py::arg("cu_seqlens") = py::none(),
-        R"(Plans one forward call of a padded or packed batch.
+        py::arg("masking"),
+        R"(Plans one forward call of a padded batch.
 
-labels: int8 [batch, length], or packed int8 [positions]: -1 padding (anywhere), 0 text, 1 visual, 2 audio, 3 joint
+labels: int8 [batch, length]: -1 padding (anywhere), 0 text, 1 visual, 2 audio, 3 joint
     (visual and audio mixed in one embedding; in both branches, with masking "zero" only).
 seg_len: int64 [batch, 3]: keys cached per segment (prefix, visual branch, audio branch) in the layers before the merge.
 trunk_len: int64 [batch]: keys cached in the layers after it.
 phase: int8 [batch]: 0 unforked, 1 prefix open (forks at the first visual or audio position), 2 forked.
 masking: "zero" or "attention".
-cu_seqlens: int64 [batch + 1], for packed labels only: where each sample begins, and the end of the last.
 Returns a Plan. Raises ValueError for another dtype, shape, label, phase or masking, or a negative length.)");
 
   m.def("build_info", &build_info, "How this module and the op libraries beside it were built: a dict.");

@@ -11,13 +11,15 @@ loads it; the planner module, nothing. None may need a library beyond torch's an
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build_backend"))
+import fmd_build_tools as tools  # noqa: E402
 
 STABLE_HEADERS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
 TORCH_LIBRARIES = {
@@ -43,16 +45,11 @@ def torch_include() -> Path:
     return Path(spec.origin).parent / "include"
 
 
-def target_version() -> str:
-    source = (Path(__file__).resolve().parents[1] / "build_backend" / "fmd_build.py").read_text()
-    return re.search(r'(?m)^TORCH_TARGET_VERSION = "(\w+)"', source)[1]
-
-
 def stable_symbols() -> set[str]:
     """The functions that torch's headers of the stable ABI declare for our target version."""
     source = "".join(f"#include <{header}>\n" for header in STABLE_HEADERS)
-    command = [os.environ.get("CXX") or "c++", "-std=c++17", "-E", "-P", "-x", "c++", "-DUSE_CUDA"]
-    command += [f"-DTORCH_TARGET_VERSION={target_version()}", "-I", str(torch_include()), "-"]
+    command = [*tools.require_compiler().command, "-std=c++17", "-E", "-P", "-x", "c++", "-DUSE_CUDA"]
+    command += [f"-DTORCH_TARGET_VERSION={tools.TORCH_TARGET_VERSION}", "-I", str(torch_include()), "-"]
     said = subprocess.run(command, input=source, capture_output=True, text=True)
     if said.returncode != 0:
         raise SystemExit(f"fmd_ext: torch's headers of the stable ABI cannot be read:\n{said.stderr}")

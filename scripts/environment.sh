@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it: a virtual environment in .venv with fmd_ext and everything it needs, and $python, its
 # interpreter. FMD_EXT_VENV: another folder for it. PYTHON: another interpreter than python3 to make it with.
 # FMD_EXT_PYTHON: an interpreter whose environment is used as it is. Nothing is installed then, as on a machine without a
-# network; only the extension is built, in this folder. FMD_EXT_CUDA: see the README.
+# network; only the extension is built, in this folder. FMD_EXT_CUDA, FMD_EXT_BUILD: see the README.
 
 venv="${FMD_EXT_VENV:-.venv}"
 python="${FMD_EXT_PYTHON:-$venv/bin/python}"
@@ -24,11 +24,19 @@ check_python() {
 fingerprint() {
   find csrc python build_backend CMakeLists.txt setup.py pyproject.toml constraints.txt -type f \
     -not -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum
-  echo "cuda ${FMD_EXT_CUDA:-auto}"
+  echo "cuda ${FMD_EXT_CUDA:-auto} build ${FMD_EXT_BUILD:-auto} compiler ${CXX:-$(command -v c++ g++ clang++ | head -1)}"
 }
 
-is_built() { # STAMP: whether what it says is what was built
-  [[ -f "$1" && "$(cat "$1")" == "$(fingerprint)" ]] && compgen -G 'fmd_ext/_core.*.so' >/dev/null
+is_built() { # STAMP: whether what it says is what was built; without a compiler that is a note of the reason
+  [[ -f "$1" && "$(cat "$1")" == "$(fingerprint)" ]] &&
+    { compgen -G 'fmd_ext/_core.*.so' || [[ -f fmd_ext/_build_info.json ]]; } >/dev/null
+}
+
+make_venv() { # $venv, if it is not there yet
+  if [[ -x "$venv/bin/pip" ]]; then return; fi
+  check_python "${PYTHON:-python3}"
+  echo "fmd_ext: making a virtual environment in $venv"
+  "${PYTHON:-python3}" -m venv "$venv"
 }
 
 # make_environment EXTRAS: EXTRAS is "" or, for example, "[omni,test]".
@@ -38,11 +46,7 @@ make_environment() {
     build_in_place
     return
   fi
-  if [[ ! -x "$venv/bin/pip" ]]; then
-    check_python "${PYTHON:-python3}"
-    echo "fmd_ext: making a virtual environment in $venv"
-    "${PYTHON:-python3}" -m venv "$venv"
-  fi
+  make_venv
   local stamp="$venv/fmd_ext_installed$extras"
   if is_built "$stamp"; then return; fi
   rm -f "$stamp"
@@ -66,11 +70,21 @@ build_in_place() {
 
 say_what_was_built() {
   "$python" - <<'PYTHON'
-from fmd_ext import _core
+import json
+import pathlib
 
-facts = _core.build_info()
-built = "built" if facts["cuda"] else "not built"
-print(f"fmd_ext: extension built with {facts['compiler']} against torch {facts['torch_version']}")
-print(f"fmd_ext: CPU variants {', '.join(facts['isa_variants'])}; CUDA library {built} ({facts['cuda_reason']})")
+import fmd_ext
+
+note = pathlib.Path(fmd_ext.__file__).with_name("_build_info.json")
+if note.is_file():
+    reason = json.loads(note.read_text())["reason"]
+    print(f"fmd_ext: nothing is compiled, torch's own attention serves: {reason}")
+else:
+    from fmd_ext import _core
+
+    facts = _core.build_info()
+    built = "built" if facts["cuda"] else "not built"
+    print(f"fmd_ext: extension built with {facts['compiler']} against torch {facts['torch_version']}")
+    print(f"fmd_ext: CPU variants {', '.join(facts['isa_variants'])}; CUDA library {built} ({facts['cuda_reason']})")
 PYTHON
 }

@@ -38,10 +38,10 @@ def cmake_list(name: str) -> list[str]:
 def sources(architectures: list[str]) -> list[tuple[str, Path]]:
     """(architecture, source) of all kernels, as CMakeLists.txt builds them."""
     built = [name.split("-")[0] for name in cmake_list("FMD_CUDA_ARCHITECTURES")]
-    files = [name for name in cmake_list("FMD_CUDA_SOURCES") if name.endswith(".cu")]
-    pairs = [(architecture, ROOT / name) for architecture in architectures or built for name in sorted(files)]
+    kernels = ROOT / "csrc" / "cuda"
+    pairs = [(name, path) for name in architectures or built for path in sorted((kernels / "sm80").glob("*.cu"))]
     if not architectures or "90a" in architectures:
-        pairs += [("90a", ROOT / name) for name in cmake_list("FMD_CUDA_SM90_SOURCES")]
+        pairs += [("90a", path) for path in sorted((kernels / "sm90").glob("*.cu"))]
     return pairs
 
 

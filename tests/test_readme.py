@@ -23,7 +23,7 @@ def test_the_ten_line_example_runs(tmp_path, capsys):
     code = code.replace("Qwen/Qwen2.5-Omni-7B", str(tmp_path / "model")).replace("clip.mp4", str(tmp_path / "clip.mp4"))
     names: dict[str, object] = {}
     exec(compile(code.replace("fork_layers=7", "fork_layers=1"), "README.md", "exec"), names)
-    assert fmd_ext.handle_of(names["model"]).last_plan.forked.all()
+    assert fmd_ext.handle_of(names["model"]).last_call.plan.forked.all()
     assert "Is the dog barking?" in capsys.readouterr().out
 
 

@@ -28,7 +28,12 @@ def check(*command):
 
 
 def cxx_files():
-    files = [p for folder in ("csrc", "python") for p in (ROOT / folder).rglob("*") if p.suffix in CXX_SUFFIXES]
+    files = [
+        p
+        for folder in ("csrc", "python", "tests/support")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in CXX_SUFFIXES
+    ]
     assert len(files) > 3
     return sorted(files)
 
@@ -55,7 +60,7 @@ def test_no_torch_header_outside_csrc_torch():
         for line in pattern.findall(path.read_text())
     ]
     assert found == []
-    assert any(pattern.search(path.read_text()) for path in allowed.glob("*.cpp")), "the pattern finds none at all"
+    assert any(pattern.search(path.read_text()) for path in allowed.glob("*.h")), "the pattern finds none at all"
 
 
 def test_files_stay_short():

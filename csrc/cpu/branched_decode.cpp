@@ -5,7 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "fmd/launch.h"
+#include "fmd/branched_attention.h"
 
 namespace fmd {
 namespace {
@@ -25,12 +25,12 @@ struct Work {
 
 // Groups [begin, end) share their prefix.
 void plan_groups(const BranchedAttentionParams& params, int64_t begin, int64_t end, int64_t kv_head, Work& work) {
-  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
+  const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
   const auto add_chunks = [&](int64_t group_begin, int64_t group_end, int64_t slot_begin, int64_t num_keys) {
     for (int64_t key = 0; key < num_keys; key += kChunkKeys) {
       const int64_t count = std::min(kChunkKeys, num_keys - key);
       work.chunks.push_back({group_begin, group_end, kv_head, slot_begin + key, count, work.num_partial_rows});
-      const int64_t rows = (group_end - group_begin) * group_size;
+      const int64_t rows = (group_end - group_begin) * heads_per_kv;
       work.num_partial_rows += rows;
       work.combine_products += rows * params.head_dim;
       // Few rows cost as much as a vector full of them.
@@ -38,14 +38,14 @@ void plan_groups(const BranchedAttentionParams& params, int64_t begin, int64_t e
     }
   };
   const size_t prefix_chunk = work.chunks.size();
-  add_chunks(begin, end, params.segments[begin].prefix_start, params.segments[begin].prefix_len);
+  add_chunks(begin, end, params.key_ranges[begin].prefix_start, params.key_ranges[begin].prefix_len);
   const size_t prefix_chunk_end = work.chunks.size();
   for (int64_t group = begin; group < end; ++group) {
     const size_t own_chunk = work.chunks.size();
-    add_chunks(group, group + 1, params.segments[group].kv_start, params.segments[group].kv_len);
+    add_chunks(group, group + 1, params.key_ranges[group].kv_start, params.key_ranges[group].kv_len);
     const int64_t first = static_cast<int64_t>(work.first_rows.size());
     for (size_t i = prefix_chunk; i < prefix_chunk_end; ++i) {
-      work.first_rows.push_back(work.chunks[i].partial_row + (group - begin) * group_size);
+      work.first_rows.push_back(work.chunks[i].partial_row + (group - begin) * heads_per_kv);
     }
     for (size_t i = own_chunk; i < work.chunks.size(); ++i) work.first_rows.push_back(work.chunks[i].partial_row);
     const int64_t count = static_cast<int64_t>(work.first_rows.size()) - first;
@@ -56,16 +56,16 @@ void plan_groups(const BranchedAttentionParams& params, int64_t begin, int64_t e
 
 }  // namespace
 
-void launch_branched_decode_cpu(const BranchedAttentionParams& params, const ParallelFor& parallel_for) {
+void launch_branched_decode_cpu(const BranchedAttentionParams& params, ParallelFor parallel_for) {
   const cpu::KernelTable& kernels = cpu::kernels();
   Work work;
   for (int64_t begin = 0, end = 0; begin < params.num_groups; begin = end) {
-    const Segment& first = params.segments[begin];
-    const auto shares_prefix = [&](const Segment& other) {
+    const KeyRanges& first = params.key_ranges[begin];
+    const auto shares_prefix = [&](const KeyRanges& other) {
       return first.prefix_len > 0 && other.prefix_len == first.prefix_len && other.prefix_start == first.prefix_start;
     };
     end = begin + 1;
-    while (end < params.num_groups && shares_prefix(params.segments[end])) ++end;
+    while (end < params.num_groups && shares_prefix(params.key_ranges[end])) ++end;
     for (int64_t head = 0; head < params.num_kv_heads; ++head) plan_groups(params, begin, end, head, work);
   }
   const int64_t* first_row = work.first_rows.data();

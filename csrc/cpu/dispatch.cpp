@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "fmd/launch.h"
+#include "fmd/library.h"
 
 #if defined(FMD_HAVE_AVX2) || defined(FMD_HAVE_AVX512)
 #include <cpuid.h>

@@ -1,14 +1,17 @@
 // The CPU kernels of one instruction set. csrc/cpu/isa/ is compiled once per instruction set and fills one table each;
-// the launchers beside this file are compiled once, decide what runs where, and call through the table in use.
+// the launchers of attention, beside this file, are compiled once, decide what runs where, and call through the table
+// in use.
 #pragma once
 
 #include <cstdint>
 
-#include "fmd/params.h"
+#include "fmd/append.h"
+#include "fmd/branched_attention.h"
+#include "fmd/merge.h"
 
 namespace fmd::cpu {
 
-// Query rows of one kv head: queries [query_begin, query_begin + num_queries) of a group, times the group_size heads
+// Query rows of one kv head: queries [query_begin, query_begin + num_queries) of a group, times the heads_per_kv heads
 // that share the kv head.
 struct PrefillBlock {
   int64_t group;
@@ -48,9 +51,10 @@ struct KernelTable {
   void (*decode_chunk)(const BranchedAttentionParams& params, const DecodeChunk& chunk, const DecodePartials& partials);
   void (*decode_combine)(const BranchedAttentionParams& params, const DecodeCombine& combine,
                          const DecodePartials& partials);
-  void (*rope_append_rows)(const RopeAppendParams& params, int64_t row_begin, int64_t row_end);
-  void (*merge_pairs)(const MergeParams& params, int64_t pair_begin, int64_t pair_end);
-  void (*merge_norm_rows)(const MergeNormParams& params, int64_t row_begin, int64_t row_end);
+  // Ops whose rows are independent of each other: the whole launch.
+  void (*append)(const AppendParams& params, ParallelFor parallel_for);
+  void (*rope_append)(const RopeAppendParams& params, ParallelFor parallel_for);
+  void (*merge)(const MergeParams& params, ParallelFor parallel_for);
 };
 
 // The table in use.

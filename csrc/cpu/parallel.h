@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "fmd/params.h"
+#include "fmd/types.h"
 
 namespace fmd::cpu {
 
@@ -16,7 +16,7 @@ constexpr int64_t kProductsPerThread = 1 << 20;
 // cost still keep all threads busy. What an item computes must not depend on the thread it runs on.
 // products: scalar multiplications of all items together, about.
 template <typename Body>
-void for_each_item(const ParallelFor& parallel_for, int64_t count, int64_t products, const Body& body) {
+void for_each_item(ParallelFor parallel_for, int64_t count, int64_t products, const Body& body) {
   struct Context {
     const Body& body;
     int64_t count;
@@ -25,8 +25,8 @@ void for_each_item(const ParallelFor& parallel_for, int64_t count, int64_t produ
   const int64_t grain = std::max<int64_t>(1, count * kProductsPerThread / std::max<int64_t>(1, products));
   // The ranges only say how many threads there are: whoever comes first takes the next item, and the last range may
   // find nothing left.
-  parallel_for.run(
-      parallel_for, count, grain,
+  parallel_for(
+      count, grain,
       [](void* erased, int64_t, int64_t) {
         Context& shared = *static_cast<Context*>(erased);
         for (int64_t i = shared.next++; i < shared.count; i = shared.next++) shared.body(i);

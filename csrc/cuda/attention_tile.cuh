@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "cuda/intrinsics/intrinsics.h"
+#include "cuda/device/intrinsics.h"
 
 namespace fmd::cuda {
 
@@ -113,10 +113,10 @@ struct RowState {
     }
   }
 
-  // scores become weights relative to the new maximum. follow(r, half, factor): what `out` summed up so far for these
-  // rows takes this factor; said row by row, because few registers are left for factors.
-  template <typename Follow>
-  FMD_DEVICE void weigh(Scores& scores, float scale_log2, Follow follow) {
+  // scores become weights relative to the new maximum. rescale_out(r, half, factor): the sum in `out` for these rows
+  // has to be multiplied by this factor. Called row by row, because few registers are left for factors.
+  template <typename RescaleOut>
+  FMD_DEVICE void online_softmax(Scores& scores, float scale_log2, RescaleOut rescale_out) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -142,7 +142,7 @@ struct RowState {
           }
         }
         sum[r][half] = sum[r][half] * factor + total;
-        follow(r, half, factor);
+        rescale_out(r, half, factor);
       }
     }
   }

@@ -1,12 +1,12 @@
+// Which prefill kernel runs.
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "cuda/branched_prefill.cuh"
-#include "cuda/clear.h"
-#include "cuda/prefill_kernels.h"
-#include "fmd/launch.h"
+#include "cuda/branched_prefill.h"
+#include "cuda/sm80/clear.h"
+#include "fmd/library.h"
 
 namespace fmd {
 namespace cuda {
@@ -17,17 +17,6 @@ constexpr const char* kChoices[] = {"auto", "sm80", "sm90"};
 std::atomic<Choice> choice{Choice::kAuto};
 
 }  // namespace
-
-void launch_sm80_branched_prefill(const BranchedAttentionParams& params, void* stream) {
-  launch_prefill<PrefillShape>(params, [&](auto instance, int64_t blocks, int row_blocks, bool q_is_aligned) {
-    using T = typename decltype(instance)::T;
-    constexpr int kDim = decltype(instance)::kDim;
-    using Shape = PrefillShape<kDim>;
-    launch("branched_prefill", branched_prefill_kernel<T, kDim>, blocks, Shape::kThreads, Shape::kSharedBytes, stream,
-           params, row_blocks, q_is_aligned);
-  });
-}
-
 }  // namespace cuda
 
 void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream) {

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/intrinsics/intrinsics.h"
-#include "fmd/params.h"
+#include "cuda/device/intrinsics.h"
+#include "fmd/types.h"
 
 namespace fmd::cuda {
 
@@ -41,8 +41,6 @@ void dispatch_float(DType dtype, const Launch& launch) {
       return launch(Float16{});
   }
 }
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Whether rows at these strides (in elements) from `pointer` all begin at a multiple of `bytes`.
 template <typename... Strides>

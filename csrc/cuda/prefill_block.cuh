@@ -5,8 +5,8 @@
 // block's last visible key is touched.
 #pragma once
 
-#include "cuda/intrinsics/intrinsics.h"
-#include "fmd/params.h"
+#include "cuda/device/intrinsics.h"
+#include "fmd/branched_attention.h"
 
 namespace fmd::cuda {
 
@@ -15,9 +15,9 @@ struct PrefillBlock {
   int64_t prefix_slot, own_slot;  // slot of key k: k + (k < prefix_len ? prefix_slot : own_slot)
   int64_t qo_begin;
   int prefix_len, num_keys, own_offset;
-  int first_row, num_rows, group_size, kv_head;
+  int first_row, num_rows, heads_per_kv, kv_head;
 
-  FMD_DEVICE int query_of(int row) const { return (first_row + row) / group_size; }
+  FMD_DEVICE int query_of(int row) const { return (first_row + row) / heads_per_kv; }
 
   // Number of keys that a row sees.
   FMD_DEVICE int limit_of(int row) const {
@@ -28,7 +28,7 @@ struct PrefillBlock {
   // Where a row is in q, out or lse.
   FMD_DEVICE int64_t offset_of(int row, const int64_t* qo_rows, int64_t stride_row, int64_t stride_head) const {
     const int query = query_of(row);
-    const int head = kv_head * group_size + (first_row + row - query * group_size);
+    const int head = kv_head * heads_per_kv + (first_row + row - query * heads_per_kv);
     return qo_rows[qo_begin + query] * stride_row + head * stride_head;
   }
 };
@@ -45,20 +45,20 @@ FMD_DEVICE bool start_prefill_block(const BranchedAttentionParams& params, int n
 
   const int64_t qo_begin = params.cu_seqlens_q[group];
   const int qo_len = static_cast<int>(params.cu_seqlens_q[group + 1] - qo_begin);
-  const int group_size = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
+  const int heads_per_kv = static_cast<int>(params.num_qo_heads / params.num_kv_heads);
   const int first_row = row_block * kRows;
-  const int rows_left = qo_len * group_size - first_row;
+  const int rows_left = qo_len * heads_per_kv - first_row;
   if (rows_left <= 0) return false;
   if (thread_index() == 0) {
-    const Segment segment = params.segments[group];
-    block.prefix_slot = segment.prefix_start;
-    block.own_slot = segment.kv_start - segment.prefix_len;
+    const KeyRanges ranges = params.key_ranges[group];
+    block.prefix_slot = ranges.prefix_start;
+    block.own_slot = ranges.kv_start - ranges.prefix_len;
     block.qo_begin = qo_begin;
-    block.prefix_len = static_cast<int>(segment.prefix_len);
-    block.own_offset = static_cast<int>(segment.kv_len) - qo_len + 1;
+    block.prefix_len = static_cast<int>(ranges.prefix_len);
+    block.own_offset = static_cast<int>(ranges.kv_len) - qo_len + 1;
     block.first_row = first_row;
     block.num_rows = rows_left < kRows ? rows_left : kRows;
-    block.group_size = group_size;
+    block.heads_per_kv = heads_per_kv;
     block.kv_head = static_cast<int>(column % params.num_kv_heads);
     block.num_keys = block.limit_of(block.num_rows - 1);
   }

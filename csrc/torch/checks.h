@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "fmd/params.h"
+#include "fmd/types.h"
 
 namespace fmd {
 
@@ -96,6 +96,11 @@ struct Argument {
     fail("is on ", text(device), ", accepted is ", text(accepted), " as for ", other.name);
   }
 
+  void has_supported_head_dim(int64_t head_dim) const {
+    if (head_dim > 0 && head_dim % 8 == 0) return;
+    fail("has head_dim ", head_dim, ", accepted are the positive multiples of 8");
+  }
+
   // A vector of indices: int64, one-dimensional, contiguous.
   void is_index_vector(const char* layout, int64_t size) const {
     has_dtype(ScalarType::Long);
@@ -118,23 +123,24 @@ struct Argument {
   }
 };
 
-// Sizes, strides and dtypes of the tensors of both attention ops. cu_seqlens_q: null for decode.
-// Leaves out, lse and everything that is read from index tensors to the caller.
-BranchedAttentionParams attention_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                         const Tensor& qo_rows, const Tensor* cu_seqlens_q, const Tensor& segments,
-                                         double softmax_scale);
+constexpr const char* kPoolLayout = "[num_kv_heads, num_slots, head_dim]";
 
-AppendParams append_params(const char* op, const Tensor& k_pool, const Tensor& v_pool, const Tensor& k, const Tensor& v,
-                           const Tensor& slots);
+// ---- Values of indices: on the CPU only, elsewhere reading them would wait for the device. ----
 
-RopeAppendParams rope_append_params(const Tensor& k_pool, const Tensor& v_pool, const Tensor& q_out, const Tensor& q,
-                                    const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
-                                    const Tensor& slots);
+inline void check_range(const char* op, const char* name, const int64_t* values, int64_t count, int64_t end,
+                        const char* what) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= 0 && values[i] < end) continue;
+    fail("fmd_ext::", op, ": ", name, "[", i, "] is ", values[i], ", accepted are 0 to ", end - 1, " (", what, ")");
+  }
+}
 
-MergeParams merge_params(const Tensor& hidden, const Tensor& home_rows, const Tensor& away_rows, const Tensor& weights);
-
-// Leaves out to the caller.
-MergeNormParams merge_norm_params(const Tensor& hidden, const Tensor& away_rows, const Tensor& weights,
-                                  const Tensor& norm_weight, double eps);
+// Marks rows[i], and refuses a row that was marked before.
+inline void mark_rows(const char* op, const char* name, const int64_t* rows, int64_t count, std::vector<char>& marked) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (marked[rows[i]]) fail("fmd_ext::", op, ": ", name, "[", i, "] is ", rows[i], ", which occurs twice");
+    marked[rows[i]] = 1;
+  }
+}
 
 }  // namespace fmd

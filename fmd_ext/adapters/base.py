@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from fmd_ext.config import FMDConfig
-
-# Labels of positions, as the planner and every `modality_labels` argument use them. A joint position mixes visual and
-# audio features in one embedding (channel-wise fusion): it is in both branches, with an embedding for each.
-PADDING, TEXT, VISUAL, AUDIO, JOINT = -1, 0, 1, 2, 3
-LABELS = {"text": TEXT, "visual": VISUAL, "audio": AUDIO, "joint": JOINT}
+from fmd_ext.labels import LABELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +22,20 @@ class TokenSource:
         token_id: name of the config attribute that holds the placeholder's id, dotted where it is a sub-config's.
         inputs: forward arguments that bring the features. ``"a.b"`` means key ``b`` of the dict argument ``a``. A
             placeholder without any of them in the call is an ordinary token, such as a generated one.
+
+    Raises:
+        ValueError: another modality.
+        TypeError: ``inputs`` is no tuple of names.
     """
 
     modality: str
     token_id: str
     inputs: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("visual", "audio", "joint"):
+            raise ValueError(f"modality {self.modality!r}: accepted are 'visual', 'audio' and 'joint'")
+        _check_names(self, "inputs")
 
     def is_fed_by(self, call: dict[str, Any]) -> bool:
         for name in self.inputs:
@@ -68,6 +73,9 @@ class Adapter:
             (visual branch, audio branch).
         rotary: name of the function by which the attention modules' source file rotates q and k, where it does so
             right before both go to the cache and to attention: the append then rotates. Empty: the model does.
+
+    Raises:
+        TypeError: an argument that must be a tuple is none.
     """
 
     name: str
@@ -81,6 +89,12 @@ class Adapter:
     deepstack: str = "_deepstack_process"
     branch_inputs: str = ""
     rotary: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model_types", "entry", "decoder"):
+            _check_names(self, name)
+        if not isinstance(self.sources, tuple) or not all(isinstance(source, TokenSource) for source in self.sources):
+            raise TypeError(f"sources of {self.name} must be a tuple of TokenSource, got {self.sources!r}")
 
     def find_entry(self, model: nn.Module) -> nn.Module:
         return _first(model, self.entry, "forward")
@@ -109,6 +123,13 @@ class Adapter:
         for source in sources:
             labels.masked_fill_(input_ids == operator.attrgetter(source.token_id)(config), LABELS[source.modality])
         return labels
+
+
+def _check_names(owner: Any, field: str) -> None:
+    """A lone string would be read letter by letter."""
+    names = getattr(owner, field)
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{field} of {type(owner).__name__} must be a tuple of strings, got {names!r}")
 
 
 def _first(root: nn.Module, paths: tuple[str, ...], attribute: str) -> nn.Module:

@@ -49,7 +49,6 @@ def generate(
 
     Raises UserError where the model's logits are not finite, which would make an answer of nothing.
     """
-    length = inputs["input_ids"].shape[1]
     clock = _Clock(loaded.processor.tokenizer, stream_to)
     least = {"min_new_tokens": max_new_tokens} if exactly else {}
     finite = FiniteLogits(loaded.model.dtype)
@@ -63,7 +62,7 @@ def generate(
         **least,
     )
     finite.check()
-    new = ids[0, length:]
+    new = ids[0, ids.shape[1] - len(clock.times) :]  # a model that generates from embeddings returns no prompt
     after_first = clock.times[-1] - clock.times[0]
     ends = loaded.model.generation_config.eos_token_id
     return Answer(

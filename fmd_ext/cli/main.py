@@ -119,15 +119,23 @@ def _add_eval(commands: Any) -> None:
     what.add_argument("--benchmark", metavar="NAME", help="avhbench, music-avqa, avqa, video-mme or worldsense")
     what.add_argument("--data", metavar="FOLDER", help="with the published files and the videos")
     what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
-    what.add_argument("--check", action="store_true", help="say what is missing in the folder, and stop")
-    what.add_argument("--allow-missing", action="store_true", help="leave out questions whose video is missing")
+    what.add_argument("--check", action="store_true", help="say what is missing or cannot be opened, and stop")
+    _add_allowances(what)
     what.add_argument(
         "--prompt", default="default", metavar="NAME", help="a prompt of the benchmark, or a template with {question}"
     )
     what.add_argument("--limit", type=_positive_int, metavar="N", help="ask N questions, spread over all")
-    what.add_argument("--item", action="append", default=[], metavar="ID", help="ask this question; may be repeated")
+    what.add_argument("--item", action="append", default=[], metavar="ID", help="ask this question; repeated, or @FILE")
+    what.add_argument(
+        "--exclude", action="append", default=[], metavar="ID", help="leave this question out; repeated, or @FILE"
+    )
     what.add_argument(
         "--category", action="append", default=[], type=_name_value, metavar="NAME=VALUE", help="ask only about these"
+    )
+    what.add_argument(
+        "--keep-calibration-videos",
+        action="store_true",
+        help="ask also about videos that --config was calibrated on, and say so in the report",
     )
     how = parser.add_argument_group("how to answer")
     how.add_argument(
@@ -141,9 +149,22 @@ def _add_eval(commands: Any) -> None:
     how.add_argument("--top-p", type=_number, default=1.0, metavar="P", help="of the likeliest tokens (%(default)s)")
     how.add_argument("--samples", type=_positive_int, default=1, metavar="N", help="answers per question (%(default)s)")
     how.add_argument("--seed", type=_whole, default=0, help="of sampling (%(default)s)")
+    how.add_argument(
+        "--generation-config",
+        choices=("neutral", "model"),
+        default="neutral",
+        help="whether the checkpoint's repetition penalty and the like have an effect (%(default)s: they have none)",
+    )
     out = parser.add_argument_group("results")
     out.add_argument("--output", metavar="FOLDER", help="resumed if it exists (results/BENCHMARK-MODEL)")
+    out.add_argument("--retry-failed", action="store_true", help="ask again what failed before")
     out.add_argument("--score-only", action="store_true", help="score the folder again, without model and data")
+    out.add_argument(
+        "--protocol",
+        choices=("ours", "official"),
+        default="ours",
+        help="how answers are read: as a person does, or as the benchmark's own script (%(default)s)",
+    )
     out.add_argument("--baseline", metavar="METHOD", help="the method to compare with (vanilla)")
     out.add_argument("--report", metavar="FILE", help="also write a self-contained HTML report")
     out.add_argument("--speed", type=_positive_int, metavar="N", help="also measure speed and memory on N questions")
@@ -157,11 +178,12 @@ def _add_eval(commands: Any) -> None:
 
 def _add_calibrate(commands: Any) -> None:
     parser = commands.add_parser("calibrate", help="measure alpha, choose the fork depth, write both to a file")
-    what = parser.add_argument_group("questions to calibrate on; do not evaluate on the same ones")
+    what = parser.add_argument_group("questions to calibrate on; fmd-ext eval --config leaves their videos out")
     what.add_argument("--benchmark", required=True, metavar="NAME", help="as for fmd-ext eval")
     what.add_argument("--data", required=True, metavar="FOLDER", help="with the published files and the videos")
     what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
     what.add_argument("--prompt", default="default", metavar="NAME", help="a prompt of the benchmark, or a template")
+    _add_allowances(what)
     what.add_argument(
         "--samples", type=_positive_int, default=100, metavar="N", help="prompts to measure alpha on (%(default)s)"
     )
@@ -170,7 +192,7 @@ def _add_calibrate(commands: Any) -> None:
         type=_count,
         default=200,
         metavar="N",
-        help="others to choose the depth on (%(default)s)",
+        help="questions about other videos, to choose the depth on (%(default)s)",
     )
     what.add_argument("--depths", type=_depths, metavar="N,N", help="fork depths to try (up to half of the layers)")
     what.add_argument(
@@ -185,6 +207,11 @@ def _add_calibrate(commands: Any) -> None:
     _add_layout(parser)
     _add_reading(parser)
     _add_debug(parser)
+
+
+def _add_allowances(group: Any) -> None:
+    group.add_argument("--allow-missing", action="store_true", help="leave out questions whose video is missing")
+    group.add_argument("--allow-malformed", action="store_true", help="leave out records that are not as published")
 
 
 def _add_reading(parser: argparse.ArgumentParser, one_clip: bool = False) -> None:

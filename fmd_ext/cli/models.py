@@ -27,22 +27,6 @@ from fmd_ext.config import FMDConfig
 HUB_SECONDS = 5  # that the hub has to answer in
 RANDOM_MARK = "random_weights"  # an entry of a configuration: these weights were never trained
 
-# The class that answers in text ("module:class"), by the configuration's model_type; by the architecture that it names,
-# where published configurations borrow another model's type. Of the full omni models only the thinker is loaded: the
-# talker and the speech decoder would take memory for nothing.
-MODEL_CLASSES = {
-    "qwen2_5_omni": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
-    "qwen2_5_omni_thinker": "transformers:Qwen2_5OmniThinkerForConditionalGeneration",
-    "qwen3_omni_moe": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
-    "qwen3_omni_moe_thinker": "transformers:Qwen3OmniMoeThinkerForConditionalGeneration",
-    "video_salmonn": "fmd_ext.models.video_salmonn:VideoSalmonnForConditionalGeneration",
-    "video_salmonn_2": "fmd_ext.models.video_salmonn2:VideoSalmonn2ForConditionalGeneration",
-    "video_salmonn2_plus": "fmd_ext.models.video_salmonn2_plus:VideoSalmonn2PlusForConditionalGeneration",
-    "video_SALMONN2_plus": "fmd_ext.models.video_salmonn2_plus:VideoSalmonn2PlusForConditionalGeneration",
-    "videollama2_qwen2": "fmd_ext.models.videollama2:VideoLlama2Qwen2ForConditionalGeneration",
-    "videollama2_mistral": "fmd_ext.models.videollama2:VideoLlama2MistralForConditionalGeneration",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
@@ -102,19 +86,9 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
         with blaming_input(OSError, ValueError, ImportError, prefix=f"model {name}: "), _no_load_report():
             model, processor = ports.video_salmonn.load_official(source, dtype=torch_dtype, **placement)
         return LoadedModel(model if device is None else model.to(device), processor, name, False)
-    with blaming_input(OSError, ValueError, prefix=f"model {name}: "):
-        config = transformers.AutoConfig.from_pretrained(source)
-    kind = next((name for name in config.architectures or () if name in MODEL_CLASSES), config.model_type)
-    if kind not in MODEL_CLASSES:
-        raise UserError(
-            f"model {name} is of type {config.model_type!r}; supported types are {', '.join(sorted(MODEL_CLASSES))}"
-        )
-    module, _, class_name = MODEL_CLASSES[kind].partition(":")
-    if module == "transformers" and importlib.util.find_spec("torchvision") is None:
-        raise UserError(
-            "transformers processes video by torchvision, which is not installed: pip install 'fmd-ext[omni]'"
-        )
-    model_class = getattr(importlib.import_module(module), class_name)
+    with blaming_input(OSError, ValueError, ImportError, prefix=f"model {name}: "):
+        config = ports.classes.read_config(source)
+        model_class = ports.classes.class_for(config)
     processor_class = getattr(model_class, "processor_class", transformers.AutoProcessor)
     with blaming_input(OSError, ValueError, ImportError, prefix=f"processor of {name}: "):
         processor = processor_class.from_pretrained(source)
@@ -130,7 +104,7 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
     find_adapter(model)  # a class that we load is one that we can patch
     if device is not None:
         model.to(device)
-    return LoadedModel(model.eval(), processor, name, bool(getattr(config, RANDOM_MARK, False)))
+    return LoadedModel(model.eval(), processor, name, bool(config.get(RANDOM_MARK, False)))
 
 
 def _is_path(source: str) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from fmd_ext.compat import cache_kwargs, cache_name
+
 if TYPE_CHECKING:
     from .runner import DecodeRunner
 
@@ -29,7 +31,7 @@ class StaticLoop:
     def __init__(self, runner: DecodeRunner, call: dict[str, Any]) -> None:
         self.runner = runner
         self.streamer = call.get("streamer")
-        self.cache_is_given = call.get("past_key_values") is not None
+        self.cache_is_given = call.get(cache_name()) is not None
 
     def __call__(
         self,
@@ -47,7 +49,7 @@ class StaticLoop:
         out = model._prefill(input_ids, generation_config, model_kwargs)
         logits = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
-        cache = model_kwargs["past_key_values"]
+        cache = model_kwargs[cache_name()]
         del out  # the prompt's logits may be many
 
         select = Selection(generation_config, stopping_criteria, input_ids)
@@ -88,7 +90,7 @@ class StaticLoop:
             self.streamer.end()
         if not wants_dict:
             return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **records)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **cache_kwargs(cache), **records)
 
 
 class Selection:

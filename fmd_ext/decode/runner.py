@@ -146,11 +146,12 @@ class DecodeRunner:
         if step.graph is not None:
             self._site_on(step.device).enter()
         state.move(*tables, step.pools)
-        plan = state.make_plan(np.zeros((state.batch, 1), np.int8))
-        step.load(plan, inputs)
+        text = np.zeros((state.batch, 1), np.int8)
+        call = self.session.open_call(state.plan_call(text), text, state)
+        step.load(call, inputs)
         if step.graph is None and not step.why_no_graph:
             step.capture(cache, self._site_on(step.device))
-            step.load(plan, inputs)
+            step.load(call, inputs)
         step.key = key
         return step
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from fmd_ext.compat import cache_kwargs
 from fmd_ext.engine.cache import BranchedState, Pools
-from fmd_ext.engine.plan import StepPlan
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.plan import Plan
 from fmd_ext.engine.session import Session
 
 logger = logging.getLogger(__name__)
@@ -105,17 +107,18 @@ class StaticStep:
         self.logits: torch.Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.why_no_graph = "" if self.has_graphs(self.device) else f"there are none on {self.device.type}"
-        self.plan: StepPlan | None = None
+        self.call: Call | None = None
         self.key: tuple = ()
 
     @staticmethod
     def has_graphs(device: torch.device) -> bool:
         return device.type == "cuda"
 
-    def load(self, plan: StepPlan, inputs: StepInputs) -> None:
-        """Sets the buffers to a first step: ``plan`` is that of one text position for every sample."""
-        if self.plan is None:
-            self.plan = plan
+    def load(self, call: Call, inputs: StepInputs) -> None:
+        """Sets the buffers to a first step: ``call`` is that of one text position for every sample."""
+        plan = call.plan
+        if self.call is None:
+            self.call = call
             self._numbers = plan.tensors.keep_on(self.device)
             with torch.inference_mode(False):
                 self._growth = _growth(plan, self.device)
@@ -188,12 +191,9 @@ class StaticStep:
                 raise RuntimeError(f"{warning.filename}, line {warning.lineno}, makes the host wait for the device")
 
     def _launch(self, cache: Cache) -> None:
-        self.session.fixed_plan = self.plan
-        try:
-            call = {**self._tensors, **self._options, "input_ids": self.tokens, "position_ids": self.positions}
-            out = self.model(**call, past_key_values=cache, return_dict=True)
-        finally:
-            self.session.fixed_plan = None
+        given = {**self._tensors, **self._options, "input_ids": self.tokens, "position_ids": self.positions}
+        with self.session.running(self.call):
+            out = self.model(**given, **cache_kwargs(cache), return_dict=True)
         logits = out.logits[:, -1]
         if self.logits is None:
             with torch.inference_mode(False):
@@ -212,10 +212,10 @@ def _pools_like(layer: Any, tables: tuple) -> Pools:
     return tuple(torch.empty(shape, dtype=layer.dtype, device=layer.device) for shape in shapes)
 
 
-def _growth(plan: StepPlan, device: torch.device) -> torch.Tensor:
+def _growth(plan: Plan, device: torch.device) -> torch.Tensor:
     """What a step adds to the numbers of its plan: one key more in every segment, appended one slot further."""
     growth = torch.zeros_like(plan.tensors.host)
     for kind in ("fork", "trunk"):
         plan.tensors.view(f"{kind}.slots", growth).fill_(1)
-        plan.tensors.view(f"{kind}.segments", growth)[:, 1] = 1
+        plan.tensors.view(f"{kind}.key_ranges", growth)[:, 1] = 1
     return growth.to(device)

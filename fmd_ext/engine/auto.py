@@ -7,10 +7,15 @@ heads, is the share S[branch, modality]; one such row per branch and layer is al
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from fmd_ext.adapters import AUDIO, JOINT, VISUAL
+from fmd_ext.config import AUTO, FMDConfig
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.plan import Plan
+from fmd_ext.labels import AUDIO, JOINT, VISUAL
 
 # Labels of the keys that count as visual and as audio.
 MODALITIES = ((VISUAL, JOINT), (AUDIO, JOINT))
@@ -28,30 +33,49 @@ def default_depth(num_layers: int) -> int:
     return max(1, num_layers // 4)
 
 
+class OpenCall:
+    """Makes the calls of a patch one of whose settings is "auto": `Session.open_call` as this page defines it."""
+
+    def __init__(self, config: FMDConfig, num_layers: int) -> None:
+        self.config = config
+        self.num_layers = num_layers
+
+    def __call__(self, plan: Plan, labels: np.ndarray, state: Any) -> Call:
+        """The call; a depth, once chosen for a cache, holds for all of its calls (``state.fork_layers``)."""
+        begins = bool(plan.begins.any())
+        fork_layers, chooses_depth = state.fork_layers, False
+        if fork_layers is None:
+            chooses_depth = begins
+            fork_layers = largest_depth(self.num_layers) if begins else default_depth(self.num_layers)
+        chooses_alpha = begins and self.config.alpha == AUTO and self.config.masking == "zero"
+        observer = Reading(labels, plan, chooses_depth, chooses_alpha) if chooses_depth or chooses_alpha else None
+        return Call(plan, fork_layers, state.home_weights, observer)
+
+
 class Reading:
     """The last rows of the samples that begin to fork in a call, and how they share their attention.
 
+    It is the `Observer` of their call.
+
     Args:
         labels: int8 [batch, length] of the call.
-        samples: [batch] bool, those that begin to fork in this call.
-        positions, home_rows, qo_rows, cu_seqlens_q, segments: of the plan and its fork step, see `StepPlan`.
+        plan: of the call.
+        chooses_depth, chooses_alpha: which settings it chooses.
 
     Attributes:
+        samples: [batch] bool, those that begin to fork in this call.
         layers: for each layer that has been read the shares, float32 [batch, 2, 2] (branch, modality).
     """
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        samples: np.ndarray,
-        positions: np.ndarray,
-        home_rows: np.ndarray,
-        qo_rows: np.ndarray,
-        cu_seqlens_q: np.ndarray,
-        segments: np.ndarray,
-    ) -> None:
-        self.samples = samples
+    def __init__(self, labels: np.ndarray, plan: Plan, chooses_depth: bool, chooses_alpha: bool) -> None:
+        self.samples = samples = plan.begins
+        self.chooses_depth = chooses_depth
+        self.chooses_alpha = chooses_alpha
         self.layers: list[torch.Tensor] = []
+        positions, home_rows, host = plan.positions, plan.home_rows, torch.device("cpu")
+        qo_rows, cu_seqlens_q, key_ranges = (
+            plan.fork.get(name, host).numpy() for name in ("qo_rows", "cu_seqlens_q", "key_ranges")
+        )
         num_home, length = len(positions) - len(home_rows), labels.shape[1]
         label_of_row = labels.ravel()[positions]
         place_of_row = np.empty(len(positions), np.int64)
@@ -65,10 +89,10 @@ class Reading:
             for row, branch in ((home, home_branch), *((int(row), 1 - home_branch) for row in away)):
                 group = int(np.searchsorted(cu_seqlens_q, place_of_row[row], side="right")) - 1
                 keys = qo_rows[cu_seqlens_q[group] : cu_seqlens_q[group + 1]]  # the branch holds this call's rows only
-                self._rows.append((int(sample), branch, row, tuple(segments[group].tolist()), label_of_row[keys]))
+                self._rows.append((int(sample), branch, row, tuple(key_ranges[group].tolist()), label_of_row[keys]))
         self._masks: dict[torch.device, list[torch.Tensor]] = {}
 
-    def add(self, rows: torch.Tensor, pool: torch.Tensor, scale: float) -> None:
+    def observe(self, rows: torch.Tensor, pool: torch.Tensor, scale: float) -> None:
         """One forked layer: queries [rows, num_qo_heads, head_dim] and the pool [num_kv_heads, num_slots, head_dim]."""
         shares = torch.zeros(len(self.samples), 2, 2, device=rows.device)
         for (sample, branch, row, segment, _), of_modality in zip(
@@ -98,11 +122,22 @@ class Reading:
         """int64 [batch]: the layers after which a sample stops forking; 0 while it goes on."""
         return fading_depths(torch.stack(self.layers))
 
-    @property
-    def is_over(self) -> bool:
+    def ends_fork(self) -> bool:
         """Whether all samples have stopped forking: the deepest of them decides for the batch."""
+        if not self.chooses_depth:
+            return False
         samples = torch.from_numpy(self.samples).to(self.layers[0].device)
         return bool((self.depths > 0)[samples].all())
+
+    def home_weights(self, weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor | None:
+        """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
+        if not self.chooses_alpha:
+            return before
+        chosen = weights.repeat(len(self.samples), 1)
+        chosen[:, VISUAL : AUDIO + 1] = self.alphas
+        if before is None:
+            return chosen
+        return torch.where(torch.from_numpy(self.samples).to(chosen.device)[:, None], chosen, before)
 
     @property
     def alphas(self) -> torch.Tensor:

@@ -7,29 +7,27 @@ is full, all move to new pools with geometric headroom.
 
 from __future__ import annotations
 
+import copy
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from fmd_ext import _core, ops
-from fmd_ext.adapters import AUDIO, JOINT, VISUAL
-from fmd_ext.config import AUTO, FMDConfig
-from fmd_ext.engine.auto import Reading, default_depth, largest_depth
-from fmd_ext.engine.plan import AttentionStep, PackedArrays, StepPlan
+from fmd_ext.config import AUTO
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.compiling import python_only
+from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
+from fmd_ext.engine.prompt import Prompt, modality_bits
 from fmd_ext.engine.segments import SegmentTable
+from fmd_ext.engine.session import Session
 
 NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
 UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
 BOTH_MODALITIES = 0b11
 
 Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each [num_kv_heads, num_slots, head_dim]
-
-
-def modality_bits(labels: np.ndarray) -> np.ndarray:
-    """The modalities that occur in ``labels`` [batch, length], int8 [batch]: bit 1 visual, bit 2 audio, joint both."""
-    joint = (labels == JOINT).any(1)
-    visual, audio = (labels == VISUAL).any(1) | joint, (labels == AUDIO).any(1) | joint
-    return visual.astype(np.int8) | audio.astype(np.int8) << 1
 
 
 class BranchedLayer(CacheLayerMixin):
@@ -57,27 +55,28 @@ class BranchedLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*shape, value_states.shape[3]))
         self.is_initialized = True
 
+    @python_only
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Appends [1, num_kv_heads, rows, head_dim]; returns the pools.
 
         The dtype is that of the values: under autocast a rotation makes float32 of the keys.
         """
-        plan = self.state.plan
-        if plan is None:
+        call = self.state.session.call
+        if call is None:
             raise RuntimeError(
                 "this cache belongs to a model patched by fmd_ext; it cannot be used by another model or after unpatch"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        step = plan.attention_for(self.layer_idx)
-        slots = step.get("slots", key_states.device)
+        slots = call.layer_plan(self.layer_idx).get("slots", key_states.device)
         k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
-        turn = plan.rotation
-        if turn is None or turn.k is not key_states:
+        rotation = call.rotation
+        if rotation is None or rotation.k is not key_states:
             ops.append_(self.keys, self.values, k.to(v.dtype), v, slots)
         else:
-            ops.rope_append_(self.keys, self.values, turn.q_out, turn.q, k, v, turn.cos, turn.sin, slots)
-            plan.rotation = None
+            q_out, q, cos, sin = rotation.q_out, rotation.q, rotation.cos, rotation.sin
+            ops.rope_append_(self.keys, self.values, q_out, q, k, v, cos, sin, slots)
+            call.rotation = None
         return self.keys, self.values
 
     def move(self, source: torch.Tensor, destination: torch.Tensor, num_slots: int, into: Pools | None = None) -> None:
@@ -129,20 +128,43 @@ class BranchedLayer(CacheLayerMixin):
             self.state.clear()
 
 
+class _Next(NamedTuple):
+    """What a planned call will have changed when it has succeeded."""
+
+    phase: np.ndarray
+    modalities: np.ndarray
+    fork_length: np.ndarray
+    trunk_length: np.ndarray
+    labels: np.ndarray
+
+
 class BranchedState:
     """What a cache knows of its samples: lengths, slots, and how far each is into the fork.
 
-    ``owner`` identifies the patch that the cache belongs to; ``plan`` is set while that patch runs a forward call.
+    Args:
+        session: of the patch that the cache belongs to; its ``call`` is the one that runs.
+        num_layers: of the decoder.
+
+    Attributes:
+        prompt: the prompt of the ``generate`` call whose positions the cache holds; None for other calls.
+        fork_layers: layers before the merge; None until a first call has chosen them.
+        home_weights: float32 [batch, 4], home row weights of the merge, where a call has chosen them by sample.
     """
 
-    def __init__(self, owner: str, config: FMDConfig, num_layers: int) -> None:
-        self.owner = owner
-        self.config = config
+    def __init__(self, session: Session, num_layers: int) -> None:
+        self.session = session
         self.layers = [BranchedLayer(self, i) for i in range(num_layers)]
         self.clear()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BranchedState:
+        """A copy belongs to the same patch."""
+        memo[id(self.session)] = self.session
+        memo[id(self)] = copied = BranchedState.__new__(BranchedState)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def clear(self) -> None:
-        self.plan: StepPlan | None = None
+        self.prompt: Prompt | None = None
         self.batch = 0
         self.logical_length = 0  # of the padded batch, as transformers counts
 
@@ -154,99 +176,61 @@ class BranchedState:
         self.text_tail = np.zeros(batch, np.int64)  # trailing positions that are text: what crop can remove
         self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
         self.trunk_table = SegmentTable(batch, 1)
-
-        # Layers before the merge and home row weights [batch, 4]: None until a first call has chosen them.
-        self.fork_layers = None if self.config.fork_layers == AUTO else self.config.fork_layers
+        depth = self.session.config.fork_layers
+        self.fork_layers = None if depth == AUTO else depth
         self.home_weights: torch.Tensor | None = None
 
     def table_of(self, layer_idx: int) -> SegmentTable:
-        fork_layers = self.fork_layers if self.plan is None else self.plan.fork_layers
+        call = self.session.call
+        fork_layers = self.fork_layers if call is None else call.fork_layers
         is_forked = fork_layers is None or layer_idx < fork_layers
         return self.fork_table if is_forked else self.trunk_table
 
-    def make_plan(self, labels: np.ndarray, announced: np.ndarray | None = None) -> StepPlan:
+    def plan_call(self, labels: np.ndarray, announced: np.ndarray | None = None) -> Plan:
         """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
         3 joint).
 
         ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
         in chunks forks like a prompt given at once. The state changes only on ``commit``, room excepted.
         """
-        batch, length = labels.shape
+        self._open(len(labels))
+        modalities = self.modalities | modality_bits(labels) | (0 if announced is None else announced)
+        phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
+        masking = self.session.config.masking
+        raw = _core.make_plan(
+            labels, self.fork_table.length, self.trunk_table.length[:, 0], phase.astype(np.int8), masking
+        )
+        fork_length = raw.seg_len.reshape(self.batch, NUM_SEGMENTS)
+        trunk_length = self.trunk_table.length + (labels >= 0).sum(1, keepdims=True)
+        self._reserve(fork_length, raw.phase, trunk_length)
+        self._next = _Next(raw.phase, modalities.astype(np.int8), fork_length, trunk_length, labels)
+        begins = (raw.phase == FORKED) & (self.phase != FORKED)
+        return _frozen(raw, labels.shape, begins, (self.fork_table, fork_length), (self.trunk_table, trunk_length))
+
+    def _open(self, batch: int) -> None:
+        """Begins anew where nothing is held. Raises ValueError where ``batch`` is not that of what is held."""
         if self.logical_length == 0:
-            # Nothing is held: whatever an earlier call that failed has left behind goes.
+            # What an earlier call that failed has left behind goes.
             for layer in self.layers:
                 layer.release()
             self._start(batch)
         elif self.batch != batch:
             raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")
-        modalities = self.modalities | modality_bits(labels)
-        if announced is not None:
-            modalities = modalities | announced
-        phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
-        raw = _core.make_plan(
-            labels,
-            self.fork_table.length,
-            self.trunk_table.length[:, 0],
-            phase.astype(np.int8),
-            self.config.masking,
-        )
-        fork_length = raw.seg_len.reshape(batch, NUM_SEGMENTS)
-        trunk_length = self.trunk_table.length + (labels >= 0).sum(1, keepdims=True)
-        prefix_grows = (raw.phase != FORKED)[:, None]
-        growing = np.concatenate([prefix_grows, ~prefix_grows, ~prefix_grows], axis=1)
-        self._reserve(fork_length, growing, trunk_length)
-        tensors = PackedArrays(
-            positions=raw.positions,
-            home_rows=raw.home_rows,
-            away_rows=np.arange(raw.num_home, len(raw.positions)),
-            away_modality=raw.away_modality,
-            **_attention_arrays("fork", raw.fork, self.fork_table.start, fork_length),
-            **_attention_arrays("trunk", raw.trunk, self.trunk_table.start, trunk_length),
-        )
-        fork = AttentionStep("fork", raw.fork.max_qo_len, tensors)
-        begins = (raw.phase == FORKED) & (self.phase != FORKED)
-        fork_layers, chooses_depth = self._depth(bool(begins.any()))
-        reading = None
-        if begins.any() and (chooses_depth or (self.config.alpha == AUTO and self.config.masking == "zero")):
-            steps = (fork.get(name, torch.device("cpu")).numpy() for name in ("qo_rows", "cu_seqlens_q", "segments"))
-            reading = Reading(labels, begins, raw.positions, raw.home_rows, *steps)
-        plan = StepPlan(
-            batch=batch,
-            length=length,
-            num_home=raw.num_home,
-            positions=raw.positions,
-            home_rows=raw.home_rows,
-            away_modality=raw.away_modality,
-            tensors=tensors,
-            fork=fork,
-            trunk=AttentionStep("trunk", raw.trunk.max_qo_len, tensors),
-            fork_layers=fork_layers,
-            forked=raw.phase == FORKED,
-            chooses_depth=chooses_depth,
-            reading=reading,
-            home_weights=self.home_weights,
-        )
-        self._next = (raw.phase, modalities.astype(np.int8), fork_length, trunk_length, labels, plan)
-        return plan
 
-    def _depth(self, begins: bool) -> tuple[int, bool]:
-        """Layers before the merge in the next call, and whether that is only a bound of what the call will choose."""
-        if self.fork_layers is not None:
-            return self.fork_layers, False
-        num_layers = len(self.layers)
-        return (largest_depth(num_layers), True) if begins else (default_depth(num_layers), False)
-
-    def commit(self) -> None:
-        """Takes over what the last plan added; called when its forward call has succeeded."""
-        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels, plan = self._next
-        self.fork_layers, self.home_weights = plan.fork_layers, plan.home_weights
+    def commit(self, call: Call) -> None:
+        """Takes over what the last plan added; called when the forward call that ran it has succeeded."""
+        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
+        self.fork_layers, self.home_weights = call.fork_layers, call.home_weights
         is_text = labels == 0
         tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
         self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
         self.valid = self.valid + (labels >= 0).sum(1)
         self.logical_length += labels.shape[1]
 
-    def _reserve(self, fork_length: np.ndarray, growing: np.ndarray, trunk_length: np.ndarray) -> None:
+    def _reserve(self, fork_length: np.ndarray, phase: np.ndarray, trunk_length: np.ndarray) -> None:
+        """Makes room for these lengths, with headroom for the segments that go on growing after ``phase``."""
+        prefix_grows = (phase != FORKED)[:, None]
+        growing = np.concatenate([prefix_grows, ~prefix_grows, ~prefix_grows], axis=1)
         needs = (("fork_table", fork_length, growing), ("trunk_table", trunk_length, np.ones_like(trunk_length, bool)))
         for name, needed, grows in needs:
             old = getattr(self, name)
@@ -328,8 +312,38 @@ class BranchedState:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
+def _frozen(
+    raw: Any,
+    shape: tuple[int, int],
+    begins: np.ndarray,
+    fork: tuple[SegmentTable, np.ndarray],
+    trunk: tuple[SegmentTable, np.ndarray],
+) -> Plan:
+    """The planner's rows ``raw`` as a `Plan`, over the slots of tables that will hold the given lengths."""
+    tensors = PackedArrays(
+        positions=raw.positions,
+        home_rows=raw.home_rows,
+        away_rows=np.arange(raw.num_home, len(raw.positions)),
+        away_modality=raw.away_modality,
+        **_attention_arrays("fork", raw.fork, fork[0].start, fork[1]),
+        **_attention_arrays("trunk", raw.trunk, trunk[0].start, trunk[1]),
+    )
+    return Plan(
+        *shape,
+        num_home=raw.num_home,
+        positions=raw.positions,
+        home_rows=raw.home_rows,
+        away_modality=raw.away_modality,
+        forked=raw.phase == FORKED,
+        begins=begins,
+        tensors=tensors,
+        fork=LayerPlan("fork", raw.fork.max_qo_len, tensors),
+        trunk=LayerPlan("trunk", raw.trunk.max_qo_len, tensors),
+    )
+
+
 def _attention_arrays(kind: str, groups, start: np.ndarray, length: np.ndarray) -> dict[str, np.ndarray]:
-    """The tensors of an `AttentionStep`, their names behind ``kind``."""
+    """The tensors of a `LayerPlan`, their names behind ``kind``."""
     segment = groups.group_segment
     segments_per_sample = start.shape[1]
     first = segment - segment % segments_per_sample  # the prefix segment of the same sample
@@ -339,12 +353,18 @@ def _attention_arrays(kind: str, groups, start: np.ndarray, length: np.ndarray) 
     return {
         f"{kind}.qo_rows": groups.qo_rows,
         f"{kind}.cu_seqlens_q": groups.cu_seqlens_q,
-        f"{kind}.segments": np.stack(columns, axis=1),
+        f"{kind}.key_ranges": np.stack(columns, axis=1),
         f"{kind}.slots": start[groups.row_segment] + groups.row_offset,
     }
 
 
-def adopt(cache: Cache | None, owner: str, config: FMDConfig, num_layers: int) -> tuple[Cache, BranchedState]:
+def state_of(cache: Any) -> BranchedState | None:
+    """The state of a cache that holds branched layers; None for any other, and for None."""
+    layers = getattr(cache, "layers", None)
+    return layers[0].state if layers and isinstance(layers[0], BranchedLayer) else None
+
+
+def adopt(cache: Cache | None, session: Session, num_layers: int) -> tuple[Cache, BranchedState]:
     """Makes ``cache`` (a fresh DynamicCache, or one adopted before; None: a new one) hold branched layers.
 
     Raises:
@@ -353,10 +373,8 @@ def adopt(cache: Cache | None, owner: str, config: FMDConfig, num_layers: int) -
     """
     if cache is None:
         cache = DynamicCache()
-    layers = getattr(cache, "layers", None)
-    if layers and isinstance(layers[0], BranchedLayer):
-        state = layers[0].state
-        if state.owner is owner:
+    if (state := state_of(cache)) is not None:
+        if state.session is session:
             return cache, state
         if state.batch:
             raise ValueError("this cache was filled by another patched model, or before the model was patched again")
@@ -371,7 +389,7 @@ def adopt(cache: Cache | None, owner: str, config: FMDConfig, num_layers: int) -
             f"this cache already holds {cache.get_seq_length()} positions from an unpatched model; start with an empty "
             "one, or unpatch the model to go on with it"
         )
-    state = BranchedState(owner, config, num_layers)
+    state = BranchedState(session, num_layers)
     cache.layers = list(state.layers)
     cache.layer_class_to_replicate = None
     return cache, state

@@ -6,7 +6,6 @@ modules call `branched_attention`; a pre-hook on every layer after the fork merg
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from typing import Any
@@ -15,26 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_outputs import ModelOutput
 
 from fmd_ext import ops
-from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, Adapter
-from fmd_ext.config import AUTO
-from fmd_ext.engine.cache import adopt, modality_bits
-from fmd_ext.engine.plan import StepPlan
-from fmd_ext.engine.session import UNREAD_BRANCHES, Session, check_labels
+from fmd_ext.compat import cache_argument, name_cache
+from fmd_ext.engine.cache import BranchedState, adopt
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.compiling import python_only
+from fmd_ext.engine.outputs import unpack_outputs
+from fmd_ext.engine.plan import Plan
+from fmd_ext.engine.prompt import UNREAD_BRANCHES, Prompt, check_labels, modality_bits
+from fmd_ext.engine.session import Session
+from fmd_ext.labels import JOINT, PADDING, TEXT
 
 ATTENTION_NAME = "fmd_ext"
-
-# Settings of a decoder's config that change what its layers see beyond rows and their keys.
-UNSUPPORTED = {
-    "attn_logit_softcapping": "caps its attention logits",
-    "hidden_size_per_layer_input": "feeds every layer an input of its own",
-    "num_kv_shared_layers": "lets later layers reuse the keys of earlier ones",
-    "use_bidirectional_attention": "lets positions attend to later ones",
-}
+SESSION = "_fmd_session"  # attribute of the attention modules, through which they reach the running call
 
 
+@python_only
 def branched_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -43,7 +39,6 @@ def branched_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    fmd_plan: StepPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over slot pools.
@@ -56,33 +51,34 @@ def branched_attention(
     Returns:
         [1, rows, num_qo_heads, head_dim], and None for the weights, which are never materialised.
     """
-    if fmd_plan is None:
+    session: Session | None = module.__dict__.get(SESSION)
+    call = None if session is None else session.call
+    if call is None:
         raise RuntimeError(
-            f"{type(module).__name__} did not pass its keyword arguments on to the attention function, so fmd_ext "
-            "cannot run in it"
+            f"{type(module).__name__} was called outside of its decoder's forward, which alone knows the rows of a call"
         )
     extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    extras += ["sliding_window"] * _is_window(kwargs.get("sliding_window"), module.config)
+    extras += ["sliding_window"] * is_window(kwargs.get("sliding_window"), module.config)
     if extras:
         raise TypeError(
             f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
         )
-    if fmd_plan.rotation is not None:
+    if call.rotation is not None:
         raise RuntimeError(
             f"{type(module).__name__} changes its keys after their rotation, so that the append cannot rotate them: "
             "its adapter must not name `rotary`"
         )
-    step = fmd_plan.attention_for(module.layer_idx)
+    layer = call.layer_plan(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = query[0].transpose(0, 1).to(value.dtype)  # the same dtype, but for rotations under autocast
-    if fmd_plan.reading is not None and module.layer_idx < fmd_plan.fork_layers:
-        fmd_plan.reading.add(rows, key, scale)
-    qo_rows, segments = step.get("qo_rows", rows.device), step.get("segments", rows.device)
-    if step.max_qo_len == 1:
-        out, _ = ops.branched_decode(rows, key, value, qo_rows, segments, scale)
+    if call.observer is not None and call.is_forked(module.layer_idx):
+        call.observer.observe(rows, key, scale)
+    qo_rows, key_ranges = layer.get("qo_rows", rows.device), layer.get("key_ranges", rows.device)
+    if layer.max_qo_len == 1:
+        out, _ = ops.branched_decode(rows, key, value, qo_rows, key_ranges, scale)
     else:
-        cu_seqlens_q = step.get("cu_seqlens_q", rows.device)
-        out, _ = ops.branched_prefill(rows, key, value, qo_rows, cu_seqlens_q, segments, step.max_qo_len, scale)
+        cu_seqlens_q = layer.get("cu_seqlens_q", rows.device)
+        out, _ = ops.branched_prefill(rows, key, value, qo_rows, cu_seqlens_q, key_ranges, layer.max_qo_len, scale)
     return out[None], None
 
 
@@ -101,9 +97,10 @@ class MergeHook:
         self.layer_idx = layer_idx
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        plan = self.session.plan
-        if plan is None or plan.num_away == 0 or not self._is_after_fork(plan):
+        call = self.session.call
+        if call is None or call.plan.num_away == 0 or not call.reaches_merge(self.layer_idx):
             return None
+        plan = call.plan
         rows, home = plan.num_rows, plan.num_home
 
         def home_rows(value: Any, dim: int) -> Any:
@@ -115,7 +112,7 @@ class MergeHook:
 
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] == rows:
-            self._merge(hidden, plan)
+            self._merge(hidden, call)
             hidden = home_rows(hidden, -2)
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         for name, dim in (("position_embeddings", -2), ("position_ids", -1)):
@@ -123,32 +120,18 @@ class MergeHook:
                 kwargs[name] = home_rows(kwargs[name], dim)
         return args, kwargs
 
-    def _is_after_fork(self, plan: StepPlan) -> bool:
-        if plan.chooses_depth and self.layer_idx < plan.fork_layers and plan.reading.is_over:
-            plan.fork_layers = self.layer_idx
-        return self.layer_idx >= plan.fork_layers
-
-    def _merge(self, hidden: torch.Tensor, plan: StepPlan) -> None:
-        tensors, device = plan.tensors, hidden.device
+    def _merge(self, hidden: torch.Tensor, call: Call) -> None:
+        plan, device = call.plan, hidden.device
         weights = self.session.merge_weights(device)
-        if plan.reading is not None and self.session.config.alpha == AUTO:
-            plan.home_weights = self._chosen_weights(weights, plan)
-        home_rows, away_modality = tensors.get("home_rows", device), tensors.get("away_modality", device)
-        if plan.home_weights is None or not plan.has_masked_rows:  # text weighs the same in every sample
+        if call.observer is not None:
+            call.home_weights = call.observer.home_weights(weights, call.home_weights)
+        home_rows, away_modality = plan.tensors.get("home_rows", device), plan.tensors.get("away_modality", device)
+        if call.home_weights is None or not plan.has_masked_rows:  # text weighs the same in every sample
             away_weights = weights[away_modality]
         else:
-            samples = tensors.get("positions", device)[home_rows] // plan.length
-            away_weights = plan.home_weights[samples, away_modality]
-        ops.merge_(hidden[0], home_rows, tensors.get("away_rows", device), away_weights)
-
-    def _chosen_weights(self, weights: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
-        chosen = weights.repeat(plan.batch, 1)
-        chosen[:, VISUAL : AUDIO + 1] = plan.reading.alphas
-        if plan.home_weights is None:
-            return chosen
-        begins = torch.from_numpy(plan.reading.samples).to(chosen.device)
-        return torch.where(begins[:, None], chosen, plan.home_weights)
+            samples = plan.tensors.get("positions", device)[home_rows] // plan.length
+            away_weights = call.home_weights[samples, away_modality]
+        ops.merge_(hidden[0], home_rows, plan.tensors.get("away_rows", device), away_weights)
 
 
 class ForkedDecoder:
@@ -159,45 +142,58 @@ class ForkedDecoder:
         self.original = original
         self.embed = embed  # see `Adapter.embed`
         self.signature = inspect.signature(original)
+        self.cache_name = cache_argument(self.signature)
 
     def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self.session.turn:
+        with self.session.lock:
             return self._run(decoder, arguments_by_name(self.signature, args, kwargs))
 
-    def _run(self, decoder: nn.Module, call: dict[str, Any]) -> Any:
-        return_dict = call.pop("return_dict", None)
-        use_cache = call.pop("use_cache", None)
+    def _run(self, decoder: nn.Module, given: dict[str, Any]) -> Any:
+        """``given``: the arguments of the call by name; they become those of the decoder's own forward."""
+        return_dict = given.pop("return_dict", None)
+        use_cache = given.pop("use_cache", None)
         if use_cache is None:
             use_cache = getattr(decoder.config, "use_cache", True)
-        self._refuse(decoder, call)
-        embeds, mask = call["inputs_embeds"], call.pop("attention_mask", None)
-        given = call.pop("past_key_values", None)
-        past = 0 if given is None else given.get_seq_length()
-        labels, branches = call.pop("modality_labels", None), call.pop("branch_embeds", None)
-        plan = self.session.fixed_plan
-        if plan is None:
+        self._refuse(decoder, given)
+        embeds, mask = given["inputs_embeds"], given.pop("attention_mask", None)
+        cache, labels = given.pop(self.cache_name, None), given.pop("modality_labels", None)
+        branches, positions = given.pop("branch_embeds", None), given.get("position_ids")
+        if mask is None and cache is None and not use_cache:
+            _refuse_packed(positions)
+        past = 0 if cache is None else cache.get_seq_length()
+        cache, state = adopt(cache, self.session, len(decoder.layers))
+        call = self.session.call  # that of a static step, prepared by its runner
+        is_prepared = call is not None
+        if not is_prepared:
             check_length(decoder, past + embeds.shape[1])
-            labels, announced = self._labels(embeds, past, labels)
-        cache, state = adopt(given, self.session.token, self.session.config, len(decoder.layers))
-        if plan is None:
-            if not (past and self.session.is_generated(mask, embeds.shape[1])):
+            if labels is not None:
+                prompt = Prompt(check_labels(labels, len(embeds)))
+            else:
+                prompt = self.session.incoming or self._prompt_of_direct_call(embeds, past, state)
+            labels, announced = self._labels(embeds, past, prompt)
+            if not _is_generated(prompt, state, mask, embeds.shape[1]):
                 _apply_padding(labels, mask, past, state)
-            branches = self._branches(embeds, labels, past, branches)
-            plan = state.make_plan(labels, announced)
-        call["inputs_embeds"] = self._pack_embeds(embeds, branches, plan)
-        call["position_ids"] = self._pack_positions(call.get("position_ids"), embeds, plan, past)
-        call.update(past_key_values=cache, use_cache=True, attention_mask=None, fmd_plan=plan, return_dict=True)
-
-        state.plan = self.session.plan = plan
-        try:
-            out = self.original(**call)
-        finally:
-            state.plan = self.session.plan = plan.rotation = None
-        if plan is not self.session.fixed_plan:
-            state.commit()
-        self.session.last_plan = plan
-        out = self._unpack(out, plan, cache if use_cache else None)
+            branches = self._branches(embeds, labels, past, branches, prompt)
+            call = self.session.open_call(state.plan_call(labels, announced), labels, state)
+            if prompt is not None and prompt.is_one_with(self.session.generating):
+                state.prompt = prompt
+        given["inputs_embeds"] = self._pack_embeds(embeds, branches, call.plan)
+        given["position_ids"] = self._pack_positions(positions, embeds, call.plan, past)
+        given.update({self.cache_name: cache}, use_cache=True, attention_mask=None, return_dict=True)
+        with self.session.running(call):
+            out = self.original(**given)
+        if not is_prepared:
+            state.commit(call)
+        self.session.last_call = call
+        out = unpack_outputs(out, call.plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
+
+    def _prompt_of_direct_call(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
+        """The prompt of a call that has not come through the entry's forward."""
+        generating = self.session.generating
+        if generating is not None and (generating.is_one_with(state.prompt) if past else generating.fits(embeds)):
+            return generating.begin()
+        return self.session.labels_of_context
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
         """Errors for what the method does not do; fills in ``inputs_embeds``."""
@@ -223,19 +219,20 @@ class ForkedDecoder:
         _, _, *names = inspect.signature(put_features_in.forward).parameters
         return put_features_in(input_ids, embeds, **{name: call.pop(name) for name in names if name in call})
 
-    def _labels(self, embeds: torch.Tensor, past: int, given: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    def _labels(self, embeds: torch.Tensor, past: int, prompt: Prompt | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Labels [batch, length] of this call's positions, and the modality bits of positions still to come."""
         batch, length = embeds.shape[:2]
-        whole = self.session.labels_for(batch) if given is None else check_labels(given, batch)
+        whole = None if prompt is None else prompt.labels_for(batch)
         labels = np.full((batch, length), TEXT, np.int8)
         if whole is None or whole.shape[1] <= past or not self.session.config.fork_layers:
             return labels, None
         here = whole[:, past : past + length]
         labels[:, : here.shape[1]] = here
-        to_come = whole[:, past + length :]
-        return labels, modality_bits(to_come)
+        return labels, modality_bits(whole[:, past + length :])
 
-    def _branches(self, embeds: torch.Tensor, labels: np.ndarray, past: int, given: Any) -> torch.Tensor | None:
+    def _branches(
+        self, embeds: torch.Tensor, labels: np.ndarray, past: int, given: Any, prompt: Prompt | None
+    ) -> torch.Tensor | None:
         """Both branches' embeddings [2, batch, n <= length, hidden] up to the last joint position; None: no such."""
         batch, length, hidden = embeds.shape
         joint = (labels == JOINT).any(0)
@@ -244,7 +241,9 @@ class ForkedDecoder:
                 raise ValueError(UNREAD_BRANCHES)
             return None
         needed = int(np.flatnonzero(joint)[-1]) + 1
-        branches = self.session.branches_for(batch, past, length) if given is None else given
+        branches = given
+        if given is None and prompt is not None:
+            branches = prompt.branches_for(batch, past, length)
         shape = None if branches is None else list(branches.shape)
         if shape is None or len(shape) != 4 or [*shape[:2], shape[3]] != [2, batch, hidden] or shape[2] < needed:
             raise ValueError(
@@ -254,7 +253,7 @@ class ForkedDecoder:
             )
         return branches
 
-    def _pack_embeds(self, embeds: torch.Tensor, branches: torch.Tensor | None, plan: StepPlan) -> torch.Tensor:
+    def _pack_embeds(self, embeds: torch.Tensor, branches: torch.Tensor | None, plan: Plan) -> torch.Tensor:
         """[batch, length, hidden] -> [1, rows, hidden], masked embeddings of away rows scaled, joint ones by branch."""
         flat = embeds.reshape(-1, embeds.shape[-1])
         if plan.num_away == 0 and plan.is_dense:
@@ -271,7 +270,7 @@ class ForkedDecoder:
                 packed[torch.from_numpy(rows)] = branch[place].to(packed)
         return packed[None]
 
-    def _pack_positions(self, given: Any, embeds: torch.Tensor, plan: StepPlan, past: int) -> torch.Tensor:
+    def _pack_positions(self, given: Any, embeds: torch.Tensor, plan: Plan, past: int) -> torch.Tensor:
         """Position ids [..., batch or 1, length] -> [..., 1, rows]; none: counted from ``past``, as vanilla does."""
         if given is None:
             given = torch.arange(past, past + plan.length, device=embeds.device)[None]
@@ -282,19 +281,12 @@ class ForkedDecoder:
             flat = flat.index_select(-1, plan.tensors.get("positions", flat.device))
         return flat.unsqueeze(-2)
 
-    def _unpack(self, out: ModelOutput, plan: StepPlan, cache: Any) -> ModelOutput:
-        """Back to [batch, length, hidden]; hidden states before the merge are those of the home rows."""
-        values = {**out, "last_hidden_state": unpack_rows(out.last_hidden_state, plan), "past_key_values": cache}
-        if out.get("hidden_states") is not None:
-            values["hidden_states"] = tuple(unpack_rows(hidden, plan) for hidden in out.hidden_states)
-        return type(out)(**values)
-
 
 def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, those of ``**kwargs`` among them."""
+    """All arguments of a call by name, those of ``**kwargs`` among them; the cache under the function's own name."""
     call = dict(kwargs)
     call.update(zip(signature.parameters, args, strict=False))
-    return call
+    return name_cache(call, cache_argument(signature))
 
 
 def check_length(decoder: nn.Module, length: int) -> None:
@@ -312,16 +304,31 @@ def refuse_gradients(module: nn.Module, embeds: torch.Tensor | None = None) -> N
         )
 
 
-def unpack_rows(rows: torch.Tensor | None, plan: StepPlan) -> torch.Tensor | None:
-    """Home rows of [1, rows, hidden] as [batch, length, hidden]; padding is zero."""
-    if rows is None:
-        return None
-    home = rows[0, : plan.num_home]
-    if plan.is_dense:
-        return home.view(plan.batch, plan.length, -1)
-    padded = home.new_zeros((plan.batch * plan.length, home.shape[-1]))
-    padded[plan.tensors.get("positions", home.device)[: plan.num_home]] = home
-    return padded.view(plan.batch, plan.length, -1)
+def _refuse_packed(position_ids: torch.Tensor | None) -> None:
+    """Raises ValueError for sequences packed in one row, which transformers tells by positions that start again.
+
+    It does so without a mask and a cache only; of four rows of M-RoPE the first one counts text positions.
+    """
+    if position_ids is None or (position_ids.dim() == 3 and position_ids.shape[0] != 4):
+        return
+    positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+    breaks = (positions.diff(dim=-1) != 1).nonzero()
+    if len(breaks):
+        sample, before = breaks[0].tolist()
+        raise ValueError(
+            f"position_ids of sample {sample} start again at position {before + 1}: a patched model does not keep "
+            "sequences apart that are packed in one row; give them as a batch with an attention_mask"
+        )
+
+
+def _is_generated(prompt: Prompt | None, state: BranchedState, mask: torch.Tensor | None, length: int) -> bool:
+    """Whether it is known without a look at ``mask`` that the new position of a cached call is no padding.
+
+    Within ``generate`` it is, behind a prompt whose mask has been read already.
+    """
+    if mask is None or length != 1 or mask.dim() != 2 or prompt is None or not prompt.is_one_with(state.prompt):
+        return False
+    return bool(state.logical_length) and prompt.mask_width is not None and mask.shape[1] >= prompt.mask_width
 
 
 def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None:
@@ -344,43 +351,6 @@ def _apply_padding(labels: np.ndarray, mask: Any, past: int, state: Any) -> None
     labels[~keep[:, -length:]] = PADDING
 
 
-def branched_config(config: Any) -> Any:
-    """A copy of a decoder's config that selects `branched_attention`; the original, maybe shared, is left alone."""
-    branched = copy.copy(config)
-    branched._attn_implementation_internal = ATTENTION_NAME
-    return branched
-
-
-def _is_window(size: int | None, config: Any) -> bool:
+def is_window(size: int | None, config: Any) -> bool:
     """Whether a sliding window hides anything within the model's context."""
     return bool(size) and size < (getattr(config, "max_position_embeddings", None) or math.inf)
-
-
-def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
-    """Raises TypeError for decoders whose attention is more than causal softmax attention over the whole context."""
-    layer_types = getattr(decoder.config, "layer_types", None) or []
-    other = sorted(set(layer_types) - {"full_attention"})
-    if other:
-        kinds = ", ".join(other)
-        raise TypeError(f"{type(decoder).__name__} has layers of type {kinds}; only full attention is supported")
-    window = getattr(decoder.config, "sliding_window", None)
-    if not layer_types and _is_window(window, decoder.config):
-        raise TypeError(
-            f"{type(decoder).__name__} attends to a sliding window of {window}; only full attention is supported"
-        )
-    for name, what in UNSUPPORTED.items():
-        if getattr(decoder.config, name, None):
-            raise TypeError(f"{type(decoder).__name__} {what} ({name}), which is not supported")
-    takes_features = "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters
-    if takes_features and not hasattr(decoder, adapter.deepstack):
-        raise TypeError(
-            f"{type(decoder).__name__} adds visual features to early hidden states, but not in a method "
-            f"{adapter.deepstack!r}: name the method in the adapter's deepstack"
-        )
-    for index, layer in enumerate(decoder.layers):
-        module = getattr(layer, adapter.attention, None)
-        if module is None or not hasattr(module, "config") or not hasattr(module, "layer_idx"):
-            raise TypeError(
-                f"layer {index} of {type(decoder).__name__} has no attention module {adapter.attention!r} with config "
-                "and layer_idx, as transformers' decoders have"
-            )

@@ -1,4 +1,4 @@
-"""What one forward call does with its rows: made once per call by the planner, read by every layer."""
+"""What one forward call does with its rows: made once per call by the planner, then frozen, read by every layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 
 import numpy as np
 import torch
-
-from fmd_ext.engine.auto import Reading
 
 
 class PackedArrays:
@@ -50,11 +48,11 @@ class PackedArrays:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionStep:
+class LayerPlan:
     """Which keys each row sees, and where its own key goes, in one kind of layer (before or after the merge).
 
-    Tensors: ``qo_rows`` [rows in groups], ``cu_seqlens_q`` [groups + 1], ``segments`` [groups, 4] (kv_start, kv_len,
-    prefix_start, prefix_len) and ``slots`` [rows], all int64; see ``csrc/include/fmd/params.h``.
+    Tensors: ``qo_rows`` [rows in groups], ``cu_seqlens_q`` [groups + 1], ``key_ranges`` [groups, 4] (kv_start, kv_len,
+    prefix_start, prefix_len) and ``slots`` [rows], all int64; see ``csrc/include/fmd/branched_attention.h``.
 
     Args:
         kind: ``"fork"`` (before the merge) or ``"trunk"``; the prefix of the tensors' names in ``arrays``.
@@ -71,24 +69,7 @@ class AttentionStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotation:
-    """A rotation that the append has still to do.
-
-    Args:
-        q: [rows, num_qo_heads, head_dim], and ``q_out``, of the same shape, which is to hold it rotated.
-        k: [1, num_kv_heads, rows, head_dim], not rotated, as the cache will be given it.
-        cos, sin: [rows, head_dim].
-    """
-
-    q: torch.Tensor
-    q_out: torch.Tensor
-    k: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-@dataclasses.dataclass
-class StepPlan:
+class Plan:
     """The rows of one forward call over a padded batch [batch, length].
 
     Args:
@@ -97,16 +78,11 @@ class StepPlan:
         positions: [rows] int64, row -> sample * length + position; away rows follow the home rows.
         home_rows: [away rows] int64, the home row that away row ``num_home + j`` merges into.
         away_modality: [away rows] int64, label of that position (0 text, 1 visual, 2 audio, 3 joint).
+        forked: [batch] bool, samples that are in the fork after this call.
+        begins: [batch] bool, those of them that were not before.
         tensors: ``positions``, ``home_rows``, ``away_rows`` and ``away_modality``, and the tensors of ``fork`` and
             ``trunk``.
         fork, trunk: attention before and after the merge.
-        fork_layers: number of layers before the merge. While ``chooses_depth``, the largest that it may become.
-        forked: [batch] bool, samples that are in the fork after this call.
-        chooses_depth: whether ``reading`` decides on ``fork_layers`` during the call.
-        reading: what the samples that begin to fork attend to, where a setting is "auto"; else None.
-        home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
-            samples; else None.
-        rotation: what the layer that runs has left to its append.
     """
 
     batch: int
@@ -115,15 +91,11 @@ class StepPlan:
     positions: np.ndarray
     home_rows: np.ndarray
     away_modality: np.ndarray
-    tensors: PackedArrays
-    fork: AttentionStep
-    trunk: AttentionStep
-    fork_layers: int
     forked: np.ndarray
-    chooses_depth: bool = False
-    reading: Reading | None = None
-    home_weights: torch.Tensor | None = None
-    rotation: Rotation | None = None
+    begins: np.ndarray
+    tensors: PackedArrays
+    fork: LayerPlan
+    trunk: LayerPlan
 
     @property
     def num_rows(self) -> int:
@@ -142,6 +114,3 @@ class StepPlan:
     def has_masked_rows(self) -> bool:
         """Some away row is a masked audio-visual position, not text."""
         return bool(self.away_modality.any())
-
-    def attention_for(self, layer_idx: int) -> AttentionStep:
-        return self.fork if layer_idx < self.fork_layers else self.trunk

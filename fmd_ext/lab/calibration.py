@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,29 @@ import fmd_ext
 from fmd_ext.adapters import find_adapter
 from fmd_ext.config import AUTO, MODALITIES
 from fmd_ext.engine.auto import alphas_of, default_depth, fading_depths, largest_depth
+from fmd_ext.lab.eval.items import Item
+
+
+def split_by_video(items: Sequence[Item], *counts: int) -> list[list[Item]]:
+    """Parts of about ``counts`` items that have no video in common; what is in none of them stays for testing.
+
+    Questions about one video share its picture and sound, so a part that knows the video knows more than it should.
+    Videos are taken in an order of their names' hashes: the same for the same names, whatever the file's order. Where
+    there are fewer items than asked for each part gets its proportion.
+    """
+    by_video: dict[str, list[Item]] = {}
+    for item in items:
+        by_video.setdefault(item.video, []).append(item)
+    order = sorted(by_video, key=lambda video: hashlib.sha256(video.encode()).digest())
+    share = min(1.0, len(items) / max(1, sum(counts)))
+    parts: list[list[Item]] = [[] for _ in counts]
+    wanted = [count * share for count in counts]
+    for video in order:
+        # Where most is missing: so all parts fill up together, and each gets a video where there are few.
+        missing = [(count - len(part)) / count if count else 0.0 for count, part in zip(wanted, parts, strict=True)]
+        if max(missing) > 0:
+            parts[missing.index(max(missing))] += by_video[video]
+    return [part[: round(count)] if share == 1.0 else part for count, part in zip(wanted, parts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +82,7 @@ def read_prompt(
     num_layers = len(adapter.find_decoder(model).layers)
     with fmd_ext.patch(model, fork_layers=num_layers, masking="zero", mask_scale=mask_scale, alpha=AUTO) as handle:
         adapter.find_entry(model)(**inputs, use_cache=False)
-        reading = handle.last_plan.reading
+        reading = handle.last_call.observer
     if reading is None:
         return None
     layers = torch.stack(reading.layers)

@@ -6,16 +6,16 @@ Only what goes into the attention function is seen or changed, so any attention 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fmd_ext.compat import attention_function
+from fmd_ext.patching.branched_config import branched_config
 
 INTERCEPTED_NAME = "fmd_ext_intercepted"
 _INTERCEPTOR = "_fmd_interceptor"
@@ -40,9 +40,7 @@ def intercepting(decoder: nn.Module, attribute: str, interceptor: Interceptor) -
     try:
         for module in modules:
             attend = functools.partial(interceptor, _attention_function(module))
-            intercepted = copy.copy(module.config)
-            intercepted._attn_implementation_internal = INTERCEPTED_NAME
-            module.config = intercepted
+            module.config = branched_config(module.config, INTERCEPTED_NAME)
             module.__dict__[_INTERCEPTOR] = attend
         yield
     finally:
@@ -71,11 +69,10 @@ AttentionInterface.register(INTERCEPTED_NAME, _intercepted)
 
 
 def _attention_function(module: nn.Module) -> Callable[..., Any]:
-    """The function that the module would call: transformers keeps the eager one beside the model's code."""
+    """The function that the module would call."""
     outer = module.__dict__.get(_INTERCEPTOR)
     if outer is not None:
         return lambda module, query, key, value, mask, scaling, **kwargs: outer(
             module, query, key, value, mask, scaling, **kwargs
         )
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    return attention_function(module)

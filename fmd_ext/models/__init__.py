@@ -3,6 +3,6 @@
 Importing this package makes them known to transformers' Auto classes.
 """
 
-from . import video_salmonn, video_salmonn2, video_salmonn2_plus, videollama2
+from . import classes, video_salmonn, video_salmonn2, video_salmonn2_plus, videollama2
 
-__all__ = ["video_salmonn", "video_salmonn2", "video_salmonn2_plus", "videollama2"]
+__all__ = ["classes", "video_salmonn", "video_salmonn2", "video_salmonn2_plus", "videollama2"]

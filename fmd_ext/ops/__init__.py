@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["append_", "branched_decode", "branched_prefill", "merge_", "merge_norm_", "rope_append_"]
+__all__ = ["append_", "branched_decode", "branched_prefill", "merge_", "rope_append_"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+# Of all ops' schemas together: kSchemaVersion in csrc/include/fmd/library.h.
+SCHEMA_VERSION = 2
 _FOLDER = Path(__file__).resolve().parents[1] / "lib"
 _ISA_VARIABLE = "FMD_EXT_CPU_ISA"
 _PREFILL_VARIABLE = "FMD_EXT_CUDA_PREFILL"
@@ -41,7 +43,8 @@ def load() -> dict[str, Library]:
     kernels, `FMD_EXT_CUDA_PREFILL` (auto, sm80, sm90) the CUDA kernel of `branched_prefill`.
 
     Raises:
-        ImportError: the CPU library is missing or does not load, or the CUDA library is there and does not load.
+        ImportError: the CPU library is missing or does not load, the CUDA library is there and does not load, or one
+            of them was built from other sources.
         ValueError: `FMD_EXT_CPU_ISA` is unknown or names an instruction set that this CPU lacks, or
             `FMD_EXT_CUDA_PREFILL` is unknown.
     """
@@ -78,7 +81,18 @@ def _load(device: str) -> Library:
         raise ImportError(
             f"the op library {path} does not load into torch {torch.__version__} (2.10 or newer is needed): {error}"
         ) from error
+    built = getattr(ctypes.CDLL(str(path)), "fmd_ext_schema_version", lambda: 1)()
+    if built != SCHEMA_VERSION:
+        raise other_sources(path, f"its op schemas are version {built}, this package has version {SCHEMA_VERSION}")
     return Library(device, path, True)
+
+
+def other_sources(path: Path, what: str) -> ImportError:
+    """The error for an op library that was not built from this package's sources."""
+    return ImportError(
+        f"{path} was built from other sources than this package ({what}): build it again, with `pip install .` in the "
+        "folder of the sources"
+    )
 
 
 def _functions(path: Path, select: str, *getters: str) -> ctypes.CDLL:

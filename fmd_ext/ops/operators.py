@@ -2,8 +2,9 @@
 
 All of them work on a slot pool: K and V of one layer, `[num_kv_heads, num_slots, head_dim]`, in which each sample owns
 ranges of slots. float32, bfloat16 and float16; arithmetic is float32. `head_dim` is a multiple of 8, `num_qo_heads` a
-multiple of `num_kv_heads` (query head h reads kv head h // group_size). Indices are int64. On CUDA (compute capability
-8.0 and up) attention takes bfloat16 and float16 with `head_dim` 64 and 128, and pools whose rows are 16-byte aligned.
+multiple of `num_kv_heads` (query head h reads kv head `h // heads_per_kv`). Indices are int64. On CUDA (compute
+capability 8.0 and up) attention takes bfloat16 and float16 with `head_dim` 64 and 128, and pools whose rows are 16-byte
+aligned.
 
 A wrong argument is a ValueError that names the op, the argument, what was given and what is accepted. Index values are
 checked on the CPU only: elsewhere that would wait for the device.
@@ -23,12 +24,8 @@ try:
     _prefill = torch.ops.fmd_ext.branched_prefill.default
     _decode = torch.ops.fmd_ext.branched_decode.default
     _merge = torch.ops.fmd_ext.merge_.default
-    _merge_norm = torch.ops.fmd_ext.merge_norm_.default
 except AttributeError as error:
-    raise ImportError(
-        f"{library.load()['cpu'].path} was built from other sources than this package ({error}): build it again, with "
-        "`pip install .` in the folder of the sources"
-    ) from None
+    raise library.other_sources(library.load()["cpu"].path, str(error)) from None
 
 
 def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -86,7 +83,7 @@ def branched_prefill(
     v: Tensor,
     qo_rows: Tensor,
     cu_seqlens_q: Tensor,
-    segments: Tensor,
+    key_ranges: Tensor,
     max_qo_len: int,
     softmax_scale: float,
     return_lse: bool = False,
@@ -94,7 +91,7 @@ def branched_prefill(
     """Attention of groups of query rows, each to a shared prefix and causally to its own segment.
 
     Group g holds the rows `qo_rows[cu_seqlens_q[g]:cu_seqlens_q[g + 1]]` of q, in causal order, and the keys of
-    `segments[g] = (kv_start, kv_len, prefix_start, prefix_len)`: its query i of qo_len attends to slots
+    `key_ranges[g] = (kv_start, kv_len, prefix_start, prefix_len)`: its query i of qo_len attends to slots
     `prefix_start + [0, prefix_len)` and `kv_start + [0, max(0, kv_len - qo_len + i + 1))`. No other slot is read.
 
     Args:
@@ -102,7 +99,7 @@ def branched_prefill(
         k, v: `[num_kv_heads, num_slots, head_dim]`, the pools, same dtype as q.
         qo_rows: int64 `[queries of all groups]`, each row at most once.
         cu_seqlens_q: int64 `[num_groups + 1]`, from 0 to the length of `qo_rows`.
-        segments: int64 `[num_groups, 4]`, in slots.
+        key_ranges: int64 `[num_groups, 4]`, in slots.
         max_qo_len: an upper bound of the groups' numbers of queries.
         softmax_scale: factor of the scores, usually `head_dim ** -0.5`.
         return_lse: also return the log-sum-exp of each row's scores.
@@ -117,7 +114,7 @@ def branched_prefill(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("branched_prefill", q, k, v)
-    return _prefill(q, k, v, qo_rows, cu_seqlens_q, segments, max_qo_len, softmax_scale, return_lse)
+    return _prefill(q, k, v, qo_rows, cu_seqlens_q, key_ranges, max_qo_len, softmax_scale, return_lse)
 
 
 def branched_decode(
@@ -125,18 +122,18 @@ def branched_decode(
     k: Tensor,
     v: Tensor,
     qo_rows: Tensor,
-    segments: Tensor,
+    key_ranges: Tensor,
     softmax_scale: float,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`branched_prefill` where every group has one query, which sees all its keys; faster for that case.
 
     Groups of one sample stand side by side with equal `prefix_start` and `prefix_len`, so that their prefix is read
-    once for all of them. Long segments are split among threads and combined by their log-sum-exp; the split depends
+    once for all of them. Long key ranges are split among threads and combined by their log-sum-exp; the split depends
     on lengths only, so the result does not depend on the number of threads.
 
     Args:
-        q, k, v, segments, softmax_scale, return_lse: as in `branched_prefill`.
+        q, k, v, key_ranges, softmax_scale, return_lse: as in `branched_prefill`.
         qo_rows: int64 `[num_groups]`, the row of each group's query.
 
     Returns:
@@ -147,7 +144,7 @@ def branched_decode(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("branched_decode", q, k, v)
-    return _decode(q, k, v, qo_rows, segments, softmax_scale, return_lse)
+    return _decode(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse)
 
 
 def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor) -> None:
@@ -171,31 +168,6 @@ def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor
     _merge(hidden, home_rows, away_rows, weights)
 
 
-def merge_norm_(hidden: Tensor, away_rows: Tensor, weights: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-    """`merge_` into the first rows of `hidden`, and the RMS norm of these rows, which are read once for both.
-
-    Row r of the first num_home rows becomes `weights[r] * hidden[r] + (1 - weights[r]) * hidden[away_rows[r]]`, in
-    place, and stays what it is where `away_rows[r]` is -1. The result is
-    `hidden[r] / sqrt(mean(hidden[r] ** 2) + eps) * norm_weight`, computed in float32 and rounded once.
-
-    Args:
-        hidden: `[num_rows, hidden_size]`, last dimension contiguous; the first num_home rows are the home rows.
-        away_rows: int64 `[num_home]`: a row from num_home on, or -1.
-        weights: float32 `[num_home]`; unused where there is no away row.
-        norm_weight: `[hidden_size]`, the norm's weight, in the dtype of `hidden`.
-        eps: the norm's epsilon.
-
-    Returns:
-        `[num_home, hidden_size]`, contiguous, in the dtype of `hidden`.
-
-    Raises:
-        ValueError: shape, dtype, stride or device of an argument, or a row out of range.
-        RuntimeError: a gradient would be needed.
-    """
-    _refuse_gradients("merge_norm_", hidden, norm_weight)
-    return _merge_norm(hidden, away_rows, weights, norm_weight, eps)
-
-
 def _refuse_gradients(op: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"fmd_ext::{op} has no gradient: call it under torch.no_grad() or torch.inference_mode()")
@@ -215,23 +187,18 @@ def _rope_append_fake(k_pool, v_pool, q_out, q, k, v, cos, sin, slots):
 
 
 @torch.library.register_fake("fmd_ext::branched_prefill")
-def _branched_prefill_fake(q, k, v, qo_rows, cu_seqlens_q, segments, max_qo_len, softmax_scale, return_lse):
+def _branched_prefill_fake(q, k, v, qo_rows, cu_seqlens_q, key_ranges, max_qo_len, softmax_scale, return_lse):
     return _attention_outputs(q, return_lse)
 
 
 @torch.library.register_fake("fmd_ext::branched_decode")
-def _branched_decode_fake(q, k, v, qo_rows, segments, softmax_scale, return_lse):
+def _branched_decode_fake(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse):
     return _attention_outputs(q, return_lse)
 
 
 @torch.library.register_fake("fmd_ext::merge_")
 def _merge_fake(hidden, home_rows, away_rows, weights):
     return None
-
-
-@torch.library.register_fake("fmd_ext::merge_norm_")
-def _merge_norm_fake(hidden, away_rows, weights, norm_weight, eps):
-    return hidden.new_empty((away_rows.shape[0], hidden.shape[1]))
 
 
 def _attention_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:

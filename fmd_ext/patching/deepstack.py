@@ -31,10 +31,10 @@ class PackedDeepstack:
         ``visual_positions``: bool [batch, length] of the padded batch. The rows are all of the plan, or the home rows
         alone after the merge.
         """
-        plan, device = self.session.plan, features.device
-        if plan is None:  # not within a patched forward call
+        call, device = self.session.call, features.device
+        if call is None:  # not within a patched forward call
             return self.original(hidden, visual_positions, features)
-        num_rows = hidden.shape[1]
+        plan, num_rows = call.plan, hidden.shape[1]
         positions = plan.tensors.get("positions", device)[:num_rows]
         flat = visual_positions.reshape(-1).to(device)
         rows = flat[positions]

@@ -1,79 +1,130 @@
-"""Replacements of the methods that take token ids: they read the positions' modality labels off the ids."""
+"""Replacements of the methods that take token ids or embeddings: they say which prompt a call belongs to."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from fmd_ext.compat import cache_argument
 from fmd_ext.decode import DecodeRunner
+from fmd_ext.engine.cache import state_of
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
+from fmd_ext.engine.prompt import Prompt, check_labels
 from fmd_ext.engine.session import Session
-
-# (token ids [batch, length], arguments of the call or None) -> labels [batch, length], None where there are none
-ReadLabels = Callable[[torch.Tensor, dict[str, Any] | None], torch.Tensor | None]
+from fmd_ext.labels import TEXT
+from fmd_ext.patching.labelling import (
+    LabelReader,
+    cached,
+    covering,
+    covering_prompt,
+    only_new,
+    prompt_ids,
+    prompt_length,
+    virtual_tokens,
+)
 
 
 class _Entry:
     """Replacement of ``forward`` or ``generate`` of the module that takes token ids."""
 
     def __init__(
-        self, session: Session, original: Any, read_labels: ReadLabels | None, branch_inputs: str = ""
+        self, session: Session, original: Any, read_labels: LabelReader | None, branch_inputs: str = ""
     ) -> None:
         self.session = session
         self.read_labels = read_labels
         self.branch_inputs = branch_inputs
         self.original = original
         self.signature = inspect.signature(original)
+        self.cache_name = cache_argument(self.signature)
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return arguments_by_name(self.signature, args, kwargs)
 
-    def labels(self, given: Any, from_ids: Any) -> contextlib.AbstractContextManager:
-        """The context with the labels given by hand, else those in force, else those read off the token ids."""
-        if given is None and self.read_labels is not None and not self.session.has_labels:
-            given = from_ids()
-        return contextlib.nullcontext() if given is None else self.session.labels(given)
-
 
 class EntryForward(_Entry):
+    """Says which prompt a forward call belongs to: labels are those of the ids and the cache that the call brings."""
+
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
-        with self.session.turn:
+        with self.session.lock:
             return self._run(module, args, kwargs, modality_labels, branch_embeds)
 
     def _run(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], modality_labels: Any, branch_embeds: Any
     ) -> Any:
-        if not self.session.config.fork_layers or self.session.fixed_plan is not None:
+        session = self.session
+        if not session.config.fork_layers or session.call is not None:  # a static step brings its call
             return self.original(*args, **kwargs)
         refuse_gradients(module)
         call = self.arguments(args, kwargs)
-
-        def from_ids() -> torch.Tensor | None:
-            ids, cache = call.get("input_ids"), call.get("past_key_values")
-            if ids is None:
-                return None
-            labels = self.read_labels(ids, call)
-            return labels if labels is None or cache is None else _shifted(labels, cache.get_seq_length())
-
-        with torch.no_grad(), self.labels(modality_labels, from_ids):
+        with torch.no_grad():
+            prompt = self._prompt(call, modality_labels)
             if self.branch_inputs and branch_embeds is None:
-                kwargs = getattr(module, self.branch_inputs)(self.session.config.mask_scale, **call)
-                args, branch_embeds = (), kwargs.pop("branch_embeds", None)
-            with self.session.branches(branch_embeds, _cached(call)):
-                return self.original(*args, **kwargs)
+                call = getattr(module, self.branch_inputs)(session.config.mask_scale, **call)
+                branch_embeds = call.pop("branch_embeds", None)
+            if branch_embeds is not None:
+                prompt = (prompt or Prompt(None)).with_branches(branch_embeds, cached(call))
+            with session.receiving(prompt or Prompt(None)):
+                return self.original(**call)
+
+    def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
+        """The labels given by hand, else those of the `generate` call that this call is part of, else those of the
+        context, else those that the call's own ids, or embeddings, and features tell."""
+        ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
+        given = embeds if ids is None else ids
+        length = past + (0 if given is None else given.shape[1])
+        if modality_labels is not None:
+            return Prompt(covering(modality_labels, length))
+        generating, context = self.session.generating, self.session.labels_of_context
+        if generating is not None and self._is_part_of(generating, call, given, past):
+            return generating.begin()
+        if context is not None:
+            if ids is None and past < context.labels.shape[1]:
+                covering(context.labels, length)
+            return context
+        if self.read_labels is None or given is None:
+            return None
+        labels = self.read_labels.of_embeds(embeds, call) if ids is None else self.read_labels.of_ids(ids, call)
+        return None if labels is None else Prompt(_shifted(labels, past))
+
+    def _is_part_of(self, prompt: Prompt, call: dict[str, Any], given: torch.Tensor | None, past: int) -> bool:
+        """Whether a call with ids or embeddings ``given`` is one of the `generate` call that holds ``prompt``.
+
+        Raises ValueError where labels were given by hand and the first call is not on what they were given for.
+        """
+        if past:
+            state = state_of(call.get(self.cache_name))
+            return state is not None and prompt.is_one_with(state.prompt)
+        if prompt.starts(given) and self._brings_features(prompt, call):
+            return True
+        if prompt.waits_for_its_labels:
+            shape = None if given is None else list(given.shape)
+            raise ValueError(
+                f"generate was given modality_labels {list(prompt.labels.shape)} for its prompt, but calls the model "
+                f"with another one first, of shape {shape}: something has changed the prompt in between"
+            )
+        return False
+
+    def _brings_features(self, prompt: Prompt, call: dict[str, Any]) -> bool:
+        """Whether the call feeds every placeholder of ``prompt`` that it holds; without, it is another prompt."""
+        ids = call.get("input_ids")
+        if ids is None or not prompt.is_read or not prompt.has_content:
+            return True
+        labels = prompt.labels_for(len(ids))[:, : ids.shape[1]]
+        fed = self.read_labels.of_ids(ids[:, : labels.shape[1]], call)
+        fed = np.zeros_like(labels) if fed is None else check_labels(fed)
+        return bool((fed > TEXT)[labels > TEXT].all())
 
 
 class EntryGenerate(_Entry):
     """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
 
-    def __init__(self, session: Session, original: Any, read_labels: ReadLabels | None, runner: DecodeRunner) -> None:
+    def __init__(self, session: Session, original: Any, read_labels: LabelReader | None, runner: DecodeRunner) -> None:
         super().__init__(session, original, read_labels)
         self.runner = runner
 
@@ -81,33 +132,35 @@ class EntryGenerate(_Entry):
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
         call = self.arguments(args, kwargs)
+        with self.session.lock:
+            prompt = self._prompt(module, call, modality_labels, branch_embeds)
+            state = state_of(call.get(self.cache_name))
+            if state is not None and state.logical_length:
+                state.prompt = prompt.begin()
+            with self.session.generating_from(prompt):
+                return self.runner.generate(module, self.original, call)
 
-        def from_ids() -> torch.Tensor | None:
-            ids = next((v for v in (call.get("input_ids"), call.get("inputs")) if v is not None), None)
-            if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-                return None
-            labels = self.read_labels(ids, None)
-            cache = call.get("past_key_values")
-            mask = call.get("attention_mask")
-            # As transformers decides it: ids shorter than the mask are the new ones only.
-            only_new = cache is not None and mask is not None and mask.shape[1] != ids.shape[1]
-            return _shifted(labels, cache.get_seq_length()) if only_new else labels
-
-        with (
-            self.session.turn,
-            self.labels(modality_labels, from_ids),
-            self.session.branches(branch_embeds, _cached(call)),
-            self.session.generating(call.get("attention_mask")),
-        ):
-            return self.runner.generate(module, self.original, call)
-
-
-def _cached(call: dict[str, Any]) -> int:
-    """The number of positions that the call's cache holds."""
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
+    def _prompt(self, module: nn.Module, call: dict[str, Any], modality_labels: Any, branch_embeds: Any) -> Prompt:
+        ids, embeds, past, mask = prompt_ids(call), call.get("inputs_embeds"), cached(call), call.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        # Read back here once, the prompt's mask need not be for every token.
+        width = mask.shape[1] if mask is not None and bool(mask[:, -1].all()) else None
+        virtual, length = virtual_tokens(module), prompt_length(call)
+        context, labels, is_read = self.session.labels_of_context, modality_labels, False
+        if labels is None and context is not None:
+            labels = context.labels
+        if labels is not None:
+            # In a context, labels may be those of a longer sequence; virtual tokens stand before any.
+            is_exact = length is not None and (modality_labels is not None or virtual)
+            labels = covering_prompt(labels, length, virtual) if is_exact else check_labels(labels)
+        elif self.read_labels is not None and ids is not None:
+            labels, is_read = self.read_labels.of_ids(ids, call), True
+            if labels is not None:
+                labels = _shifted(labels, past if only_new(ids, mask, past) else 0)
+        source = ids if embeds is None else embeds
+        return Prompt(labels, source, past, branch_embeds, width, is_read, virtual)
 
 
-def _shifted(labels: torch.Tensor, past: int) -> torch.Tensor:
+def _shifted(labels: torch.Tensor, past: int) -> np.ndarray:
     """Labels behind ``past`` cached positions, whose labels no longer matter."""
-    return torch.cat([labels.new_zeros((labels.shape[0], past)), labels], dim=1) if past else labels
+    return np.pad(check_labels(labels), ((0, 0), (past, 0)))

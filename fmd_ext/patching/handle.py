@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import logging
-import types
 from typing import Any
 
 from torch import nn
@@ -14,18 +10,21 @@ from torch import nn
 from fmd_ext.adapters import Adapter, find_adapter
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.decode import DecodeRunner
-from fmd_ext.engine.forward import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
-from fmd_ext.engine.plan import StepPlan
+from fmd_ext.engine.auto import OpenCall
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.forward import SESSION, ForkedDecoder, MergeHook
 from fmd_ext.engine.session import Session
+from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
-from fmd_ext.patching.entry import EntryForward, EntryGenerate, ReadLabels
+from fmd_ext.patching.entry import EntryForward, EntryGenerate
 from fmd_ext.patching.fusions.norms import FusedNorm, is_plain
 from fmd_ext.patching.fusions.rotary import FusedRotation, why_not_fused
-
-logger = logging.getLogger(__name__)
+from fmd_ext.patching.installation import Installation, no_context
+from fmd_ext.patching.labelling import LabelReader, cached
+from fmd_ext.patching.refusals import attention_modules, refuse_unsupported
+from fmd_ext.patching.row_counters import RowCounters
 
 _ATTRIBUTE = "_fmd_handle"
-_OVERRIDES = "_fmd_overrides"
 
 
 class Handle:
@@ -44,11 +43,12 @@ class Handle:
         self.config = config
         self.entry = adapter.find_entry(model)
         self.decoder = adapter.find_decoder(model)
-        self.session = Session(config)
+        chooses = AUTO in (config.alpha, config.fork_layers)
+        self.session = Session(config, OpenCall(config, len(self.decoder.layers)) if chooses else None)
         self.runner = DecodeRunner(self.session, self.decoder, runner)
         self.why_not_fused = "the decoder runs as it is"
-        self._restore: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, what was there, what is
-        self._hooks: list[Any] = []
+        self.installation = Installation(self.session)
+        self.row_counters = RowCounters(self.session, self.decoder)
         self._claims = 0  # calls of `patch` that have returned this handle, less the blocks that have ended
 
     def __repr__(self) -> str:
@@ -56,12 +56,20 @@ class Handle:
 
     @property
     def is_in_force(self) -> bool:
-        """Whether the model is patched, and by this patch."""
+        """Whether this patch is what runs: it is on the model, and nothing has replaced its methods or parts since."""
+        if handle_of(self.model) is not self or self.installation.replaced:
+            return False
+        if self.adapter.find_decoder(self.model) is not self.decoder:
+            return False
+        return not (self.config.fork_layers or self.runner.wanted) or not self._other_attention()
+
+    @property
+    def _is_on(self) -> bool:
         return handle_of(self.model) is self
 
     def unpatch(self) -> None:
         """Restores the model as it was before. Raises ValueError when this patch is not in force."""
-        if not self.is_in_force:
+        if not self._is_on:
             raise ValueError(f"this patch of {type(self.model).__name__} is not in force any more")
         self.remove()
 
@@ -73,13 +81,13 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         """``with patch(model): ...`` unpatches at the end, unless the model was patched like that before the block."""
         self._claims -= 1
-        if self._claims < 1 and self.is_in_force:
+        if self._claims < 1 and self._is_on:
             self.remove()
 
     @property
-    def last_plan(self) -> StepPlan | None:
-        """The `StepPlan` of the decoder's last forward call; None before the first, and with 0 fork layers."""
-        return self.session.last_plan
+    def last_call(self) -> Call | None:
+        """The decoder's last forward call that succeeded; None before the first, and with 0 fork layers."""
+        return self.session.last_call
 
     def labels(self, modality_labels: Any) -> contextlib.AbstractContextManager:
         """A context in which the calls' positions carry ``modality_labels`` [batch, length].
@@ -92,94 +100,69 @@ class Handle:
     # --- installation -------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        try:
-            if self.config.fork_layers or self.runner.wanted:
-                self._install_decoder()
-            if self.entry is not self.decoder:
-                self._override(self.entry, "forward", EntryForward, self._read_labels(), self.adapter.branch_inputs)
-            if hasattr(self.entry, "generate"):
-                self._override(self.entry, "generate", EntryGenerate, self._read_labels(), self.runner)
-            for module in {id(m): m for m in (self.model, self.entry)}.values():
-                self._set(module, _ATTRIBUTE, self)
-        except BaseException:
-            self.remove()
-            raise
-
-    def _read_labels(self) -> ReadLabels | None:
-        return functools.partial(self.adapter.labels_of, self.model) if self.adapter.sources else None
+        put, labels = self.installation, LabelReader(self.adapter, self.model)
+        labels = labels if self.adapter.sources else None
+        with self.session.lock:
+            try:
+                if self.config.fork_layers or self.runner.wanted:
+                    self._install_decoder()
+                if self.entry is not self.decoder:
+                    more = labels, self.adapter.branch_inputs
+                    put.override(self.entry, "forward", EntryForward, *more, context=no_context)
+                if hasattr(self.entry, "generate"):
+                    put.override(self.entry, "generate", EntryGenerate, labels, self.runner, context=no_context)
+                for module in {id(m): m for m in (self.model, self.entry, self.decoder)}.values():
+                    put.refuse_replicas(module)
+                for module in {id(m): m for m in (self.model, self.entry)}.values():
+                    put.set(module, _ATTRIBUTE, self)
+            except BaseException:
+                self.remove()
+                raise
 
     def _install_decoder(self) -> None:
-        decoder = self.decoder
+        decoder, put = self.decoder, self.installation
         refuse_unsupported(decoder, self.adapter)
-        self._override(decoder, "forward", ForkedDecoder, self.adapter.embed)
+        put.override(decoder, "forward", ForkedDecoder, self.adapter.embed, context=self._decoder_call)
         if hasattr(decoder, self.adapter.deepstack):
-            self._override(decoder, self.adapter.deepstack, PackedDeepstack)
-        attention = [getattr(layer, self.adapter.attention) for layer in decoder.layers]
+            put.override(decoder, self.adapter.deepstack, PackedDeepstack)
+        attention = [module for layer in decoder.layers for module in attention_modules(layer, self.adapter)]
         for module in (decoder, *attention):
-            self._set(module, "config", branched_config(module.config))
+            put.branch_config(module)
+        for module in attention:
+            put.set(module, SESSION, self.session)
         reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
         self.why_not_fused = next(filter(None, reasons), "")
         for module, reason in zip(attention, reasons, strict=True):
             if not reason:
-                self._override(module, "forward", FusedRotation, self.adapter.rotary)
+                put.override(module, "forward", FusedRotation, self.adapter.rotary)
         for module in (m for part in (*decoder.layers, decoder.norm) for m in part.modules() if is_plain(m)):
-            self._override(module, "forward", FusedNorm)
+            put.override(module, "forward", FusedNorm)
         first = 1 if self.config.fork_layers == AUTO else self.config.fork_layers
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
-            hook = MergeHook(self.session, index)
-            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            put.pre_hook(module, MergeHook(self.session, index))
+
+    def _decoder_call(self, call: dict[str, Any]) -> contextlib.AbstractContextManager:
+        is_prompt = not cached(call)
+        if is_prompt and (name := self._other_attention()):
+            raise RuntimeError(
+                f"the attention module of {name} was put in after fmd_ext.patch, which it does not run by: unpatch the "
+                "model and patch it again"
+            )
+        return self.row_counters.served(is_prompt)
+
+    def _other_attention(self) -> str:
+        """The first layer with an attention module that the patch does not know; "" without any."""
+        for index, layer in enumerate(self.decoder.layers):
+            modules = attention_modules(layer, self.adapter)
+            if not modules or not all(isinstance(module.config, BranchedConfig) for module in modules):
+                return f"layer {index}"
+        return ""
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        lost = [f"{name} of {type(m).__name__}" for m, name, _, ours in self._restore if _is_replaced(m, name, ours)]
-        if lost:
-            logger.warning(
-                "fmd_ext: unpatching also drops what has replaced our methods since the patch, such as a hook or a "
-                "compiled function: %s%s; set it up again",
-                ", ".join(lost[:3]),
-                f" and {len(lost) - 3} more" if len(lost) > 3 else "",
-            )
-        for module, name, value, _ in reversed(self._restore):
-            if value is _Absent:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = value
-        self._hooks, self._restore = [], []
-        self.runner.forget()
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        self._restore.append((module, name, module.__dict__.get(name, _Absent), value))
-        # Past nn.Module.__setattr__, which would take a handle's modules for children.
-        module.__dict__[name] = value
-
-    def _override(self, module: nn.Module, name: str, factory: Any, *more: Any) -> None:
-        """Puts a method of the same signature on the instance, never on the class."""
-        original = getattr(module, name)
-        overrides = module.__dict__.get(_OVERRIDES)
-        if overrides is None:
-            overrides = {}
-            self._set(module, _OVERRIDES, overrides)
-        overrides[name] = factory(self.session, original, *more)
-
-        # Looked up through the module, so that a deep copy of a patched model runs its own replacement.
-        def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__[_OVERRIDES][name](self, *args, **kwargs)
-
-        method.__name__ = name
-        method.__doc__ = getattr(original, "__doc__", None)
-        signature = inspect.signature(original)  # transformers inspects that of forward
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
-        self._set(module, name, types.MethodType(method, module))
-
-
-def _is_replaced(module: nn.Module, name: str, ours: Any) -> bool:
-    return isinstance(ours, types.MethodType) and module.__dict__.get(name) is not ours
-
-
-class _Absent:
-    """Stands for an attribute that the instance did not have."""
+        """Waits until calls of other threads are done."""
+        with self.session.lock:
+            self.installation.remove(self.model, self.decoder)
+            self.runner.forget()
 
 
 def patch(
@@ -227,6 +210,11 @@ def patch(
         )
     current = handle_of(model)
     if current is not None:
+        if not current.is_in_force:
+            raise ValueError(
+                "the model was patched, and parts of the patch have been replaced since, as by a library that puts its "
+                "own forward on modules; unpatch it first"
+            )
         if (current.config, current.adapter, current.runner.wanted) == (resolved, chosen, runner):
             current._claims += 1
             return current
@@ -239,7 +227,10 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restores the model as it was before `patch`. Raises ValueError when it is not patched."""
+    """Restores the model as it was before `patch`, after the calls of other threads that run.
+
+    Raises ValueError when it is not patched.
+    """
     handle = handle_of(model)
     if handle is None:
         raise ValueError(f"this {type(model).__name__} is not patched")

@@ -11,12 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers.quantizers import quantizer_bnb_8bit
 
 import fmd_ext
-from fmd_ext import ops
 from fmd_ext.cli import main
 from fmd_ext.cli.errors import UserError
 from fmd_ext.config import FMDConfig
@@ -25,7 +23,7 @@ from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.cli import demo
 from fmd_ext.lab.tiny import tiny_processor, write_clip
 from fmd_ext.lab.trained import SETTINGS, bundled_scenes
-from fmd_ext.ops import library
+from fmd_ext.torchvision_mend import torchvision_advice
 from paths import ROOT
 
 QUICK = ["--max-new-tokens", "6", "--max-frame-pixels", "3136"]
@@ -160,7 +158,7 @@ def test_without_torchvision_ask_says_what_to_install(fmd, folder, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name))
     code, out, err = fmd("ask", folder / "clip.mp4", "What?", "--model", folder / "model")
-    assert code == 2 and out == "" and "pip install 'fmd-ext[omni]'" in err
+    assert code == 2 and out == "" and torchvision_advice() in err
 
 
 def test_the_version(fmd):
@@ -244,51 +242,21 @@ def test_the_demo_takes_a_question(fmd):
     assert "(right)" not in out and "right:" not in out  # what would be right is not known
 
 
-def test_doctor_reports_json(fmd):
-    code, out, err = fmd("doctor", "--json")
-    report = json.loads(out)
-    assert (code, err, report["problems"]) == (0, "", [])
-    assert report["versions"]["torch"] == torch.__version__ and report["versions"]["python"]
-    assert report["cpu"]["threads"] == torch.get_num_threads()
-    libraries = {library["device"]: library for library in report["libraries"]}
-    assert libraries["cpu"]["loaded"] and Path(libraries["cpu"]["path"]).is_file()
-    on_cpu = {op["op"]: op for op in report["ops"] if op["device"] == "cpu"}
-    assert set(on_cpu) == set(ops.__all__)
-    assert library.cpu_isa() in on_cpu["branched_prefill"]["path"]
-    assert all(float(op["check"]) < 1e-5 and op["why"] for op in on_cpu.values())
-    for op in report["ops"]:
-        assert op["path"] is not None or op["why"]
-    on_gpu = torch.cuda.is_available() and libraries["cuda"]["loaded"]
-    assert report["decode_runner"]["on_by_default"] == on_gpu and "runner" in report["decode_runner"]["why"]
-
-
-def test_doctor_in_words(fmd):
-    code, out, _ = fmd("doctor")
-    assert code == 0 and out.splitlines()[-1] == "all is well: the extension can run"
-    for word in ("transformers", "libfmd_ext_cpu.so", "branched_decode (cpu)", "torch_target_version", "decode runner"):
-        assert word in out
-
-
-def test_doctor_fails_when_the_ops_do_not_load(fmd, monkeypatch):
-    def broken():
-        raise ImportError("the op library lib.so\ndoes not load")
-
-    monkeypatch.setattr(library, "load", broken)
-    code, out, _ = fmd("doctor")
-    assert code == 1 and "problem: the op library lib.so does not load" in out
-
-
-def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
-    from fmd_ext.cli import selftest
-
-    monkeypatch.setattr(selftest.ops, "merge_", lambda *arguments: None)
-    code, out, _ = fmd("doctor")
-    assert code == 1 and "problem: merge_ on cpu gives a wrong result" in out
-
-
 def test_the_entry_point_runs_in_a_process_of_its_own():
     command = [sys.executable, "-m", "fmd_ext", "ask", "nothing.mp4", "What?"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "fmd-ext ask: error: no such file: nothing.mp4"
     assert "Traceback" not in result.stderr
+
+
+def test_nothing_is_imported_that_is_not_needed():
+    """--help takes no torch; patch, once there is a model, nothing but fmd_ext. Each import takes seconds."""
+    code = (
+        "import sys\nfrom fmd_ext.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    print({'torch', 'transformers'} & set(sys.modules))\n"
+        "from transformers import Qwen2ForCausalLM\nQwen2ForCausalLM.__name__\nbefore = set(sys.modules)\n"
+        "import fmd_ext\nfmd_ext.patch\nprint({name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert said.stdout.splitlines()[-2:] == ["set()", "{'fmd_ext'}"]

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from fmd_ext.torchvision_mend import torchvision_advice
+
 
 @pytest.mark.parametrize("command", ["ask", "diagnose", "verify"])
 def test_the_first_line_says_that_the_toy_model_answers(fmd, command):
@@ -19,26 +21,26 @@ def test_the_first_line_says_that_the_toy_model_answers(fmd, command):
 
 
 @pytest.mark.parametrize(
-    "arguments, module, extra",
+    "arguments, module, remedy",
     [
-        (("ask", "a.mp4", "What?"), "torchvision", "omni"),
-        (("demo",), "torchvision", "omni"),
-        (("diagnose", "a.mp4", "What?", "--plots", "out"), "matplotlib", "plots"),
-        (("eval", "--benchmark", "avqa", "--data", "."), "scipy", "eval"),
-        (("eval", "--score-only", "--output", "out"), "scipy", "eval"),
-        (("calibrate", "--benchmark", "avqa", "--data", "."), "scipy", "eval"),
-        (("curves", "out"), "matplotlib", "plots"),
-        (("curves", "out"), "scipy", "eval"),
+        (("ask", "a.mp4", "What?"), "torchvision", torchvision_advice()),
+        (("demo",), "torchvision", torchvision_advice()),
+        (("diagnose", "a.mp4", "What?", "--plots", "out"), "matplotlib", "pip install 'fmd-ext[plots]'"),
+        (("eval", "--benchmark", "avqa", "--data", "."), "scipy", "pip install 'fmd-ext[eval]'"),
+        (("eval", "--score-only", "--output", "out"), "scipy", "pip install 'fmd-ext[eval]'"),
+        (("calibrate", "--benchmark", "avqa", "--data", "."), "scipy", "pip install 'fmd-ext[eval]'"),
+        (("curves", "out"), "matplotlib", "pip install 'fmd-ext[plots]'"),
+        (("curves", "out"), "scipy", "pip install 'fmd-ext[eval]'"),
     ],
 )
-def test_a_missing_extra_is_named_before_anything_is_imported(fmd, monkeypatch, arguments, module, extra):
+def test_a_missing_extra_is_named_before_anything_is_imported(fmd, monkeypatch, arguments, module, remedy):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
     monkeypatch.setattr(importlib, "import_module", None)
     code, out, err = fmd(*arguments)
     error = [line for line in err.splitlines() if not line.startswith("note: ")]
     assert code == 2 and out == "" and len(error) == 1
-    assert f"needs {module}, which is not installed: pip install 'fmd-ext[{extra}]'" in error[0]
+    assert f"needs {module}, which is not installed: {remedy}" in error[0]
 
 
 def test_benchmarks_are_listed_without_scipy():

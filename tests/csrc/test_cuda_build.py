@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +9,14 @@ from pathlib import Path
 import pytest
 from test_build import script
 
-import fmd_build
+import fmd_build_tools as tools
 import fmd_ext
 from fmd_ext import ops
 from paths import ROOT
 
 LIBRARY = Path(fmd_ext.__file__).parent / "lib" / "libfmd_ext_cuda.so"
 SCRIPT = ROOT / "scripts" / "ptxas_report.py"
-needs_nvcc = pytest.mark.skipif(fmd_build.find_nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled")
+needs_nvcc = pytest.mark.skipif(tools.find_nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled")
 
 
 @needs_nvcc
@@ -49,7 +48,7 @@ def test_a_spill_is_seen(tmp_path):
         "  for (int i = 0; i < 96; ++i) x[i * 7 + threadIdx.x] = v[i] * v[95 - i];\n"
         "}\n"
     )
-    [(_, registers, spills, stack)] = script("ptxas_report").report(str(fmd_build.find_nvcc()), source, "80")
+    [(_, registers, spills, stack)] = script("ptxas_report").report(str(tools.find_nvcc()), source, "80")
     assert registers <= 32 and spills > 0 and stack > 0
 
 
@@ -71,8 +70,8 @@ def said_with_cuda_library(code, folder):
     stub = folder / "libtorch_cuda.so"
     source = folder / "stub.cpp"
     source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n')
-    compiler = os.environ.get("CXX") or "c++"
-    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub], check=True)
+    compiler = tools.require_compiler().command
+    subprocess.run([*compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub], check=True)
     said = subprocess.run([sys.executable, "-c", code, stub, LIBRARY], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     return said.stdout

@@ -10,8 +10,6 @@ import pytest
 import torch
 from test_ops_branched_decode import SAMPLES
 from test_ops_branched_prefill import MIXED
-from test_ops_merge_norm import EPS, normed
-from test_ops_merge_norm import make as make_merge_norm
 from test_ops_rope_append import assert_rotated
 from test_ops_rope_append import make as make_rope_append
 
@@ -72,7 +70,7 @@ class TestHostExecution:
 
     def test_sanitizer_sees_into_kernels(self):
         case = make_case([Group(3, 9)], (2, 2), 64, torch.bfloat16)
-        case.segments[0, 0] = case.k.shape[1] - 8  # the ninth key lies beyond the pool
+        case.key_ranges[0, 0] = case.k.shape[1] - 8  # the ninth key lies beyond the pool
         calls = Calls()
         calls.attention(case)
         said = calls.start()
@@ -171,7 +169,7 @@ class TestAttention:
     @pytest.mark.parametrize("where", ["k", "v"])
     def test_nan_that_a_query_sees_is_not_hidden(self, decode, where):
         case = make_case([Group(1, 200), Group(1, 30)], (6, 2), 64, torch.bfloat16, spare_rows=0)
-        getattr(case, where)[:, int(case.segments[0, 0]) + 150, 3] = math.nan
+        getattr(case, where)[:, int(case.key_ranges[0, 0]) + 150, 3] = math.nan
         out, _ = attend(case, decode)
         hit, other = out[case.qo_rows[0]], out[case.qo_rows[1]]
         assert hit[:, 3].isnan().all() and other.isfinite().all()
@@ -262,26 +260,6 @@ class TestRopeAppend:
             calls.rope_append(**(case | moved))
         first, *others = calls.run()
         assert all(same_bits(first, other) for other in others)
-
-
-class TestMergeNorm:
-    @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
-    @pytest.mark.parametrize("num_home,hidden_size", [(0, 64), (1, 1), (17, 63), (5, 3584)])
-    def test_like_plain_pytorch_and_the_cpu_op(self, dtype, num_home, hidden_size):
-        hidden, *arguments = make_merge_norm(num_home, 7, hidden_size, dtype)
-        calls = Calls()
-        for seed in (0, 1):
-            calls.merge_norm(hidden, *arguments, EPS, seed=seed)
-        result, shuffled = calls.run()
-        assert same_bits(result, shuffled)
-        merged, out = result
-        op = hidden.clone()
-        op_out = ops.merge_norm_(op, *arguments, EPS)
-        assert_as_exact(merged, None, op.double(), dtype)
-        rows, norm_weight = merged[:num_home], arguments[-1]
-        assert torch.equal(merged[num_home:], hidden[num_home:])
-        assert_as_exact(out, normed(rows, norm_weight), normed(rows.double(), norm_weight), dtype)
-        assert_as_exact(out, op_out, normed(rows.double(), norm_weight), dtype)
 
 
 class TestMerge:

@@ -124,7 +124,7 @@ class TestPrefill:
     @pytest.mark.parametrize("where", ["k", "v"])
     def test_nan_that_a_query_sees_is_not_hidden(self, where):
         case = make_case([Group(1, 200), Group(1, 30)], (6, 2), 64, torch.bfloat16, spare_rows=0)
-        getattr(case, where)[:, int(case.segments[0, 0]) + 150, 3] = math.nan
+        getattr(case, where)[:, int(case.key_ranges[0, 0]) + 150, 3] = math.nan
         out, _ = attend(case)
         hit, other = out[case.qo_rows[0]], out[case.qo_rows[1]]
         assert hit[:, 3].isnan().all() and other.isfinite().all()

@@ -288,7 +288,7 @@ def test_from_embeddings_with_labels(thinker, steps):
         thinker, lambda: thinker.generate(**call, modality_labels=labels, **GREEDY).tolist(), fork_layers=2
     )
     assert ours == theirs and len(ours[0]) == 12
-    assert handle.last_plan.forked.all()
+    assert handle.last_call.plan.forked.all()
 
 
 def test_one_token_needs_no_step(thinker, steps):

@@ -107,7 +107,7 @@ def test_alpha_of_each_sample(model, eager, batch, mask_scale):
     handle = fmd_ext.patch(model, fork_layers=3, alpha="auto", mask_scale=mask_scale)
     logits = model(**inputs).logits
     for sample, alpha in expected.items():
-        assert handle.last_plan.home_weights[sample, 1:3].tolist() == pytest.approx(alpha, abs=1e-5)
+        assert handle.last_call.home_weights[sample, 1:3].tolist() == pytest.approx(alpha, abs=1e-5)
     keep = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[keep], reference[keep], atol=1e-4, rtol=0)
 
@@ -120,7 +120,7 @@ def test_depth_of_a_prompt(eager, model, seed, masking):
     given = decoder_inputs(eager, **inputs)
     handle = fmd_ext.patch(model, fork_layers="auto", masking=masking)
     logits = model(**inputs).logits
-    chosen = handle.last_plan.fork_layers
+    chosen = handle.last_call.fork_layers
     if masking == "zero":
         assert chosen == depth_of(shares(eager, given, 0))
     fmd_ext.unpatch(model)
@@ -142,7 +142,7 @@ def test_two_layers_fork_in_the_first():
     expected = reference_logits(shallow, FMDConfig(fork_layers=1).resolve(FMDConfig(), 2), **inputs)
     handle = fmd_ext.patch(shallow, fork_layers="auto")
     torch.testing.assert_close(shallow(**inputs).logits, expected, atol=1e-4, rtol=0)
-    assert handle.last_plan.fork_layers == 1
+    assert handle.last_call.fork_layers == 1
 
 
 @pytest.mark.parametrize("runner", [None, True], ids=["step by step", "runner"])
@@ -155,7 +155,7 @@ def test_the_deepest_sample_decides_for_a_batch(model, eager, runner):
     expected = reference_generate(model, resolved(alpha, 4, fork_layers=depth), 6, **inputs)
     handle = fmd_ext.patch(model, fork_layers="auto", alpha="auto", runner=runner)
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert handle.last_plan.fork_layers == depth  # also of the decode steps
+    assert handle.last_call.fork_layers == depth  # also of the decode steps
     assert tokens[:, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
 
 
@@ -168,7 +168,7 @@ def test_the_runner_keeps_steps_of_different_depths_apart(model):
         for inputs in prompts:
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
             tokens.append(out.tolist())
-            depths.append(handle.last_plan.fork_layers)
+            depths.append(handle.last_call.fork_layers)
         handle.unpatch()
     assert tokens[:4] == tokens[4:] and depths[:4] == depths[4:] and len(set(depths)) > 1
 
@@ -176,14 +176,14 @@ def test_the_runner_keeps_steps_of_different_depths_apart(model):
 def test_branches_that_mask_nothing_are_read_alike(model):
     handle = fmd_ext.patch(model, fork_layers=2, alpha="auto", mask_scale=1.0)
     model(**build_inputs([VIDEO_AUDIO]))
-    assert handle.last_plan.home_weights[0, 1:3].tolist() == pytest.approx([0.75, 0.75], abs=1e-6)
+    assert handle.last_call.home_weights[0, 1:3].tolist() == pytest.approx([0.75, 0.75], abs=1e-6)
 
 
 def test_alpha_has_no_effect_with_attention_masking(model):
     inputs = build_inputs([VIDEO_AUDIO, AUDIO_VIDEO])
     with fmd_ext.patch(model, fork_layers=2, masking="attention", alpha="auto") as handle:
         logits = model(**inputs).logits
-        assert handle.last_plan.home_weights is None and handle.last_plan.reading is None
+        assert handle.last_call.home_weights is None and handle.last_call.observer is None
     with fmd_ext.patch(model, fork_layers=2, masking="attention", alpha=0.1):
         assert torch.equal(model(**inputs).logits, logits)
 
@@ -193,16 +193,16 @@ def test_what_was_chosen_stays_with_the_cache(model):
     inputs = build_inputs([VIDEO_AUDIO, AUDIO_VIDEO])
     handle = fmd_ext.patch(model, fork_layers="auto", alpha="auto")
     cache = model(**inputs).past_key_values
-    first = handle.last_plan
+    first = handle.last_call
     model(input_ids=torch.full((2, 3), 50), past_key_values=cache)
-    assert handle.last_plan.fork_layers == first.fork_layers
-    assert torch.equal(handle.last_plan.home_weights, first.home_weights)
+    assert handle.last_call.fork_layers == first.fork_layers
+    assert torch.equal(handle.last_call.home_weights, first.home_weights)
     cache.reorder_cache(torch.tensor([1, 1]))
     model(input_ids=torch.full((2, 1), 50), past_key_values=cache)
-    assert torch.equal(handle.last_plan.home_weights, first.home_weights[[1, 1]])
+    assert torch.equal(handle.last_call.home_weights, first.home_weights[[1, 1]])
     embeds = torch.randn(2, 4, 128)
     model.get_decoder()(inputs_embeds=embeds, past_key_values=cache, modality_labels=[[1, 2, 0, 0]] * 2)
-    assert handle.last_plan.reading is None and handle.last_plan.fork_layers == first.fork_layers
+    assert handle.last_call.observer is None and handle.last_call.fork_layers == first.fork_layers
 
 
 def test_a_sample_that_forks_later_chooses_for_itself(model, eager):
@@ -218,10 +218,10 @@ def test_a_sample_that_forks_later_chooses_for_itself(model, eager):
     first = slice(None, 12)
     call = {"inputs_embeds": embeds[:, first], "position_ids": positions[..., first]}
     cache = model.get_decoder()(**call, modality_labels=labels[:, first]).past_key_values
-    before = handle.last_plan.home_weights[0].tolist()
+    before = handle.last_call.home_weights[0].tolist()
     rest = {"inputs_embeds": embeds[:, 12:], "position_ids": positions[..., 12:], "past_key_values": cache}
     model.get_decoder()(**rest, modality_labels=labels)
-    weights = handle.last_plan.home_weights
+    weights = handle.last_call.home_weights
     assert weights[0].tolist() == before
     given = {"inputs_embeds": embeds, "position_ids": positions, "labels": labels}
     expected = alpha_of(shares(eager, given, 1), fork_layers)
@@ -237,25 +237,25 @@ def test_where_nothing_forks_first_the_default_depth_holds(model):
     handle = fmd_ext.patch(model, fork_layers="auto", alpha="auto")
     words = {"input_ids": inputs["input_ids"][:, :12], "attention_mask": torch.ones(1, 12)}
     cache = model(**words, past_key_values=DynamicCache()).past_key_values
-    assert handle.last_plan.fork_layers == NUM_LAYERS // 4
-    given = decoder_inputs_of(model, inputs)
+    assert handle.last_call.fork_layers == NUM_LAYERS // 4
+    given = decoder_inputs_of(model, inputs, cache)
     model.get_decoder()(
         inputs_embeds=given["inputs_embeds"][:, 12:],
         past_key_values=cache,
         modality_labels=given["labels"],
         position_ids=given["position_ids"][..., 12:],
     )
-    assert handle.last_plan.fork_layers == NUM_LAYERS // 4 and handle.last_plan.reading is not None
+    assert handle.last_call.fork_layers == NUM_LAYERS // 4 and handle.last_call.observer is not None
 
 
-def decoder_inputs_of(model, inputs):
+def decoder_inputs_of(model, inputs, cache):
     """`decoder_inputs` on a patched model."""
     handle = fmd_ext.handle_of(model)
     config = handle.config
     fmd_ext.unpatch(model)
     given = decoder_inputs(model, **inputs)
     fmd_ext.patch(model, config)
-    fmd_ext.handle_of(model).session.token = handle.session.token  # goes on with the same caches
+    cache.layers[0].state.session = fmd_ext.handle_of(model).session  # goes on with the same cache
     handle.__dict__.update(fmd_ext.handle_of(model).__dict__)
     return given
 
@@ -265,12 +265,12 @@ def test_low_precision(model):
     inputs = build_inputs([VIDEO_AUDIO])
     with fmd_ext.patch(model, fork_layers=2, alpha="auto") as handle:
         model(**inputs)
-        exact = handle.last_plan.home_weights
+        exact = handle.last_call.home_weights
     low = tiny_thinker(seed=2, num_layers=NUM_LAYERS, hidden_size=128).to(torch.bfloat16)
     inputs = {k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     with fmd_ext.patch(low, fork_layers=2, alpha="auto") as handle:
         low(**inputs)
-        torch.testing.assert_close(handle.last_plan.home_weights, exact, atol=0.02, rtol=0)
+        torch.testing.assert_close(handle.last_call.home_weights, exact, atol=0.02, rtol=0)
 
 
 def test_the_config_says_auto(model):

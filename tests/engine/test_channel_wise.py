@@ -123,6 +123,7 @@ def test_generate_equals_one_full_recompute_per_step(model):
     mask = MASK
     for step in range(5):
         whole = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        call["modality_labels"] = torch.nn.functional.pad(LABELS, (0, step))  # words are text
         logits = model(inputs_embeds=embeds, **whole, **call).logits[:, -1]
         assert logits.argmax(-1).tolist() == tokens[:, step].tolist()
         embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[:, step : step + 1])], dim=1)

@@ -246,24 +246,6 @@ def test_strided_labels():
     assert as_dict(plan) == plan_twin.make_plan(wide[:, ::2].tolist(), [[0] * 3] * 2, [0, 0], [PREFIX_OPEN] * 2, "zero")
 
 
-@pytest.mark.parametrize("masking", MASKINGS)
-@pytest.mark.parametrize("kind", ("blocks", "interleaved", "anything"))
-def test_a_packed_batch_is_the_padded_one_without_its_padding(masking, kind):
-    rng = np.random.default_rng(5)
-    for _ in range(20):
-        labels = np.array(random_batch(rng, 4, 31, kind), np.int8)
-        labels[2] = PADDING  # a sample without positions
-        seg_len, trunk_len = map(np.asarray, random_state(rng, 4))
-        state = (seg_len, trunk_len, rng.integers(0, 3, 4).astype(np.int8))
-        valid = labels != PADDING
-        cu_seqlens = np.concatenate([[0], valid.sum(1).cumsum()])
-        padded = as_dict(_core.make_plan(labels, *state, masking))
-        packed = as_dict(_core.make_plan(labels[valid], *state, masking, cu_seqlens))
-        index_in_packed = valid.ravel().cumsum() - 1
-        padded["positions"] = index_in_packed[padded["positions"]].tolist()
-        assert packed == padded
-
-
 @pytest.mark.parametrize("batch,length", [(0, 0), (0, 5), (2, 0)])
 def test_nothing_to_plan(batch, length):
     plan = _core.make_plan(
@@ -276,10 +258,6 @@ def test_nothing_to_plan(batch, length):
     assert plan.num_home == plan.num_rows == len(plan.home_rows) == 0
     assert plan.fork.cu_seqlens_q.tolist() == plan.trunk.cu_seqlens_q.tolist() == [0]
     assert plan.seg_len.tolist() == [[1, 1, 1]] * batch and plan.phase.tolist() == [1] * batch
-
-
-def packed(cu_seqlens):
-    return {"labels": np.zeros(6, np.int8), "cu_seqlens": np.array(cu_seqlens, np.int64)}
 
 
 GOOD = {
@@ -307,15 +285,6 @@ GOOD = {
         ({"phase": np.zeros(2, np.int64)}, r"phase is int64 \[2\], accepted is int8 \[2\]"),
         ({"phase": np.array([0, 3], np.int8)}, r"phase\[1\] is 3; a phase is 0 \(unforked\)"),
         ({"masking": "none"}, r"masking is 'none', accepted is 'zero' or 'attention'"),
-        (
-            {"cu_seqlens": np.array([0, 3])},
-            r"labels is int8 \[2, 3\] with cu_seqlens, accepted is int8 \[batch, length\], or",
-        ),
-        (packed([0, 2, 4]), r"cu_seqlens ends with 4, accepted is 6, the number of labels"),
-        (packed([]), r"cu_seqlens ends with nothing"),
-        (packed([1, 2, 6]), r"cu_seqlens\[0\] is 1, accepted is 0"),
-        (packed([0, 7, 6]), r"cu_seqlens\[2\] is 6, below the value before it, 7"),
-        ({**packed([0, 2, 6]), "labels": np.array([0, 0, 0, 5, 0, 0], np.int8)}, r"labels\[1, 1\] is 5"),
     ],
 )
 def test_bad_input(bad, said):

@@ -16,7 +16,9 @@ from fmd_ext.lab.calibration import (
     choose_depth,
     estimate_alpha,
     read_prompt,
+    split_by_video,
 )
+from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.tiny import tiny_thinker
 from omni_inputs import INTERLEAVED, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
 
@@ -36,11 +38,11 @@ def test_one_reading_tells_what_auto_chooses_at_every_depth(model, monkeypatch, 
     for depth in (1, 3, 6):
         with fmd_ext.patch(model, fork_layers=depth, alpha="auto", mask_scale=0.2) as handle:
             model(**inputs)
-            chosen = handle.last_plan.home_weights[0, 1:3].tolist()
+            chosen = handle.last_call.home_weights[0, 1:3].tolist()
         assert list(reading.alpha(depth).values()) == pytest.approx(chosen, abs=1e-5)
     with fmd_ext.patch(model, fork_layers="auto", mask_scale=0.2) as handle:
         model(**inputs)
-        assert handle.last_plan.fork_layers == reading.depth
+        assert handle.last_call.fork_layers == reading.depth
 
 
 def test_a_prompt_that_does_not_fork_gives_no_reading(model):
@@ -89,3 +91,31 @@ def test_the_shallowest_depth_within_one_standard_error_wins():
     assert choose_depth([DepthScore(1, 0.5, math.nan), DepthScore(2, 0.6, math.nan)]).fork_layers == 2
     with pytest.raises(ValueError, match="no depth has been tried"):
         choose_depth([])
+
+
+def items_about(videos, each):
+    return [Item(f"{v}/{q}", f"v{v}", None, "Is it?", "yes-no", "yes") for v in range(videos) for q in range(each)]
+
+
+@pytest.mark.parametrize(
+    "videos, each, counts", [(40, 3, (30, 60)), (39, 4, (100, 200)), (500, 1, (100, 200)), (2, 9, (5, 5))]
+)
+def test_parts_share_no_video(videos, each, counts):
+    items = items_about(videos, each)
+    parts = split_by_video(items, *counts)
+    held = [{item.video for item in part} for part in parts]
+    assert not held[0] & held[1] and all(held)
+    if len(items) >= sum(counts):
+        assert [len(part) for part in parts] == list(counts)
+    else:  # all that there is, in the proportion asked for
+        assert sum(map(len, parts)) == len(items)
+        assert len(parts[0]) / len(items) == pytest.approx(counts[0] / sum(counts), abs=each / len(items))
+    again = split_by_video(items[::-1], *counts)
+    assert [{item.video for item in part} for part in again] == held
+
+
+def test_a_part_of_nothing_takes_no_video():
+    items = items_about(5, 2)
+    assert [len(part) for part in split_by_video(items, 4, 0)] == [4, 0]
+    assert [len(part) for part in split_by_video(items, 20, 0)] == [10, 0]
+    assert split_by_video([], 4, 4) == [[], []]

@@ -17,7 +17,7 @@ QUICK = ["--max-frame-pixels", "3136", "--max-frames", "4", "--batch-size", "4"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrate")
-    write_dataset(folder / "data", "val", 3)
+    write_dataset(folder / "data", "val", 6)
     save_random_model(folder / "model", seed=1)
     return folder
 
@@ -49,14 +49,23 @@ def test_from_questions_to_a_file_that_other_commands_load(fmd, folder):
     assert config.fork_layers in (1, 2) and (config.masking, config.mask_scale) == ("zero", 0.1)
     assert config.alpha == record["alpha"][config.fork_layers - 1]["alpha"]
     assert len(record["measured_on"]) == 3 and len(record["validated_on"]) == 4
-    assert not set(record["measured_on"]) & set(record["validated_on"])
+    measured, validated = (set(record["videos"][name]) for name in ("measured", "validated"))
+    assert measured and validated and not measured & validated
+    assert {name.split("/")[0] for name in record["measured_on"]} == measured
     assert [score["fork_layers"] for score in record["depths"]] == [1, 2]
+    accuracy = record["accuracy"]
+    assert accuracy["difference"]["value"] == pytest.approx(accuracy["chosen"] - accuracy["vanilla"])
+    assert ("vanilla decoding is better on the validation questions" in err) == accuracy["vanilla_is_better"]
     assert {path.name for path in (folder / "plots").iterdir()} == {"alpha.png", "fork_depth.png"}
 
     evaluate = ["eval", "--benchmark", "avhbench", "--data", "data", "--model", "model", "--limit", "2", "--quiet"]
     methods = "vanilla,fmd-zero:mask_scale=0.0,fmd-zero:mask_scale=0.5"
-    more = ["--config", "fmd.json", "--method", methods, "--output", "results", "--max-new-tokens", "2"]
-    assert fmd(*evaluate, *more, *QUICK)[0] == 0
+    more = ["--config", "fmd.json", "--method", methods, "--max-new-tokens", "2"]
+    code, out, err = fmd(*evaluate, *more, "--output", "results", *QUICK)
+    assert code == 0, err
+    asked = {json.loads(line)["item"] for line in (folder / "results/shares/0-of-1.jsonl").read_text().splitlines()}
+    assert asked and not {name.split("/")[0] for name in asked} & (measured | validated)
+    assert "videos that fmd.json was calibrated on are left out" in err and "about videos of the calibration" in out
     alpha = json.dumps(config.alpha).replace(" ", "").replace('"', "'")
     said = [json.loads(line)["method"] for line in (folder / "results/shares/0-of-1.jsonl").read_text().splitlines()]
     assert any(f"alpha={alpha}" in method and "mask_scale=0.5" in method for method in said)
@@ -66,11 +75,21 @@ def test_from_questions_to_a_file_that_other_commands_load(fmd, folder):
     (line,) = json.loads((folder / "curves.json").read_text())["mask scale"]
     assert line["x"] == [0.0, 0.5]
 
+    # Only about the calibration's videos: refused, or asked and said so.
+    own = [*evaluate, "--config", "fmd.json", "--item", record["measured_on"][0], "--method", "vanilla", *QUICK]
+    code, _, err = fmd(*own, "--output", "own")
+    assert code == 2 and "all that is asked are 1 questions about 1 videos that fmd.json was calibrated on" in err
+    code, out, err = fmd(*own, "--output", "own", "--keep-calibration-videos")
+    assert code == 0 and "1 questions are about videos that the settings were calibrated on" in out
+
 
 def test_a_given_depth_needs_no_validation(fmd, folder):
-    code, _, err = fmd(*CALIBRATE, "--samples", "2", "--fork-layers", "3", "--out", "given.json", *QUICK)
+    given = ["--samples", "2", "--validation", "0", "--fork-layers", "3", "--out", "given.json"]
+    code, _, err = fmd(*CALIBRATE, *given, *QUICK)
     assert code == 0, err
     assert FMDConfig.from_file(folder / "given.json").fork_layers == 3
+    record = json.loads((folder / "given.json").read_text())["calibration"]
+    assert record["accuracy"] is None and record["videos"]["validated"] == []
 
 
 @pytest.mark.parametrize(

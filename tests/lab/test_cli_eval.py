@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
-from eval_data import write_benchmark
+from eval_data import FILES, records, write_benchmark, write_json
 from fmd_ext.cli import main
 from fmd_ext.lab.synthetic import write_dataset
 from fmd_ext.lab.tiny import save_random_model
@@ -63,7 +64,8 @@ def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
     assert (tmp_path / "shares/0-of-1.jsonl").read_bytes().startswith(before[tmp_path / "shares/0-of-1.jsonl"])
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3 * asked
     code, scored, _ = fmd("--score-only", "--output", tmp_path)
-    assert code == 0 and "questions scored" in scored.splitlines()[0]
+    assert code == 0 and scored.startswith(f"{asked} of {asked} questions answered by every method\n")
+    assert f"answer cut off: {asked} by vanilla" in scored  # after three tokens
     code, _, err = fmd(*run, *QUICK, "--batch-size", "3")
     assert code == 2 and "holds predictions with batch_size=2, this run has 3" in err
 
@@ -88,6 +90,88 @@ def test_check_says_what_is_missing(fmd, tmp_path):
     assert code == 1 and "1 videos that are missing:\n  00002\n" in out
     code, _, err = fmd(*check)
     assert code == 2 and "1 videos are missing, among them 00002: --check lists them" in err
+    (tmp_path / "video/00002.mp4").write_bytes(b"no clip")
+    code, out, _ = fmd(*check, "--check")
+    assert code == 1 and f"1 files that cannot be opened:\n  {tmp_path / 'video/00002.mp4'} is no media file" in out
+
+
+def test_malformed_records_stop_a_run_until_it_is_allowed(fmd, data, tmp_path):
+    """Else most of a file of another version could be refused, and the rest be scored as if it were all."""
+    write_benchmark(tmp_path, "avhbench")
+    records_ = records("avhbench")
+    records_[0]["label"] = "maybe"
+    write_json(tmp_path / FILES["avhbench"], records_)
+    run = [
+        "--benchmark",
+        "avhbench",
+        "--data",
+        tmp_path,
+        "--model",
+        data.parent / "model",
+        "--method",
+        "vanilla",
+        *QUICK,
+    ]
+    run += ["--output", tmp_path / "results"]
+    code, out, err = fmd(*run)
+    assert code == 2 and "1 records are not as published, the first: record 1 (Video" in err
+    assert "6 questions are none of the published numbers: 6408 in all tasks" in out
+    code, out, err = fmd(*run, "--allow-malformed", "--limit", "2")
+    assert code == 0, err
+    assert "2 of 2 questions answered by every method\nleft out: 1 malformed records" in out
+
+
+def test_a_question_that_fails_is_told_and_can_be_left_out(fmd, data, tmp_path):
+    write_benchmark(tmp_path, "avhbench")
+    (tmp_path / "video/00002.mp4").write_bytes(b"no clip")
+    run = [
+        "--benchmark",
+        "avhbench",
+        "--data",
+        tmp_path,
+        "--model",
+        data.parent / "model",
+        "--method",
+        "vanilla",
+        *QUICK,
+    ]
+    run += ["--output", tmp_path / "results"]
+    code, out, err = fmd(*run)
+    assert code == 1 and "5 of 7 questions answered by every method, 2 failed" in out
+    assert "2 answers are missing: " in out and "--retry-failed asks them again" in err
+    assert fmd(*run)[0] == 1  # nothing is asked again, and nothing is forgotten
+    name = "00002/Audio-driven Video Hallucination/1"
+    (tmp_path / "ids.txt").write_text(f"00002/AV Captioning/1\n\n{name}\n")
+    code, out, err = fmd(*run, "--exclude", f"@{tmp_path / 'ids.txt'}")
+    assert code == 0, err
+    assert "5 of 5 questions answered by every method\nleft out: 2 excluded by hand" in out
+    code, _, err = fmd(*run, "--exclude", "00003")
+    assert code == 2 and "no item has the id '00003'" in err
+    code, _, err = fmd(*run, "--exclude", "@nowhere")
+    assert code == 2 and "nowhere" in err
+
+
+def test_settings_of_the_checkpoint_are_told_recorded_and_compared(fmd, data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(data.parent / "model", model)
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.8}))
+    run = ["--benchmark", "avqa", "--data", data, "--model", model, "--limit", "1", "--method", "vanilla", *QUICK]
+    code, _, err = fmd(*run, "--output", tmp_path / "neutral")
+    assert (
+        code == 0 and "generation_config has no effect here: repetition_penalty=1.8 (--generation-config model" in err
+    )
+    neutral = json.loads((tmp_path / "neutral/run.json").read_text())
+    assert "repetition_penalty" not in neutral["generation"]
+    assert neutral["about"]["checkpoint_generation_config"] == {"repetition_penalty": 1.8}
+    code, _, err = fmd(*run, "--output", tmp_path / "neutral", "--generation-config", "model")
+    assert code == 2 and "'generation_config': 'neutral'" in err
+    own = [*run, "--output", tmp_path / "own", "--generation-config", "model"]
+    assert fmd(*own)[0] == 0
+    assert json.loads((tmp_path / "own/run.json").read_text())["generation"]["repetition_penalty"] == 1.8
+    path.write_text(path.read_text().replace("1.8", "1.2"))
+    code, _, err = fmd(*own)
+    assert code == 2 and "holds predictions with generation={" in err
 
 
 def test_list(fmd):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import types
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,11 +14,14 @@ import pytest
 from PIL import Image
 
 from fmd_ext.lab.eval.benchmarks import load
-from fmd_ext.lab.eval.predictions import Prediction, Results, Share
+from fmd_ext.lab.eval.figures import accuracy_figure, difference_figure
+from fmd_ext.lab.eval.predictions import Prediction, Results, Share, write_atomically
 from fmd_ext.lab.eval.report import render, write_report
 from fmd_ext.lab.eval.scores import ALL, evaluate
 from fmd_ext.lab.eval.speed import write_speed
-from fmd_ext.lab.eval.wording import percent
+from fmd_ext.lab.eval.statistics import compare, proportion
+from fmd_ext.lab.eval.tables import Cell, Table
+from fmd_ext.lab.eval.wording import percent, short_names
 from fmd_ext.lab.synthetic import write_dataset
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -80,6 +85,62 @@ def test_the_report_says_what_the_scores_say(results, tmp_path):
     assert "2.00 GiB" in text and "not measured on a CPU" in text and "1.10 (1.00 to 1.20)" in text
 
 
+def test_what_became_of_the_questions_is_on_the_page(results, tmp_path):
+    shutil.copytree(results.folder, tmp_path / "copy")
+    copy, items = Results(tmp_path / "copy"), results.items()
+    settings = copy.settings()
+    settings["about"]["excluded"] = {"malformed": 3, "missing_videos": 2}
+    write_atomically(copy.folder / "run.json", json.dumps(settings))
+    copy.record_selection(items[2:], [items[0].id], {"questions": [items[1].id], "kept": False})
+    with Share(copy.share_path(1, 2)) as share:
+        for number, item in enumerate(items[3:]):
+            notes = {"answer cut off": "after 16 tokens"} if number % 2 else {"clip without sound": ""}
+            share.append([Prediction("fmd:alpha=0.9", item.id, 0, item.prompt, item.answer, notes=notes)])
+        share.append([Prediction("fmd:alpha=0.9", items[2].id, 0, "", None, error="CUDA out of <memory>")])
+    evaluation = evaluate(copy)
+    text = render(copy, evaluation)
+    count = len(items) - 3
+    captions = evaluation.counts.captions
+    assert f"{count} of {count + 1} questions answered by every method ({captions} of them captions), 1 failed" in text
+    left_out = "1 excluded by hand, 1 about videos of the calibration, 3 malformed records, 2 missing videos"
+    assert f"left out: {left_out}" in text and "1 answers are missing: CUDA out of &lt;memory&gt;" in text
+    rows = re.findall(r'<td class="group">(answer cut off|clip without sound)</td>(.*?)</tr>', text, re.S)
+    assert {kind: re.findall(r">(\d+)</td>", row)[-1] for kind, row in rows} == {
+        "answer cut off": str(count // 2),
+        "clip without sound": str(count - count // 2),
+    }
+    assert "<title>AVHBench: vanilla, fmd, fmd α0.9</title>" in text and ">fmd:alpha=0.9<" in text  # short, and in full
+
+
+def test_methods_have_short_names_that_differ():
+    methods = ["vanilla", "fmd:fork_layers=7:alpha=0.80", "fmd:fork_layers=7:alpha={'visual':0.9,'audio':0.5}"]
+    methods += ["vcd:modalities=('visual',)", "vcd:modalities=('audio',)", "another system"]
+    assert list(short_names(methods).values()) == [
+        "vanilla",
+        "fmd L7 α0.8",
+        "fmd L7 α0.9/0.5",
+        "vcd",
+        "vcd (2)",
+        "another system",
+    ]
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_figures_of_groups_of_any_size(right):
+    """Of 191 and 287 of the first 999 sizes the report failed, where all or none of a group's answers were right."""
+    rows = {}
+    for count in [*range(2, 160), 191, 287, 999]:
+        accuracy = proportion(np.full(count, right))
+        rows[str(count)] = {
+            "vanilla": Cell(accuracy, 0.0, {}),
+            "fmd": Cell(accuracy, 0.0, {}, compare(np.full(count, right), np.full(count, 1 - right)), 0.5),
+            "avcd": Cell(accuracy, 0.0, {}),  # nothing to compare
+        }
+    evaluation = types.SimpleNamespace(methods=["vanilla", "fmd", "avcd"], baseline="vanilla")
+    for figure in (accuracy_figure, difference_figure):
+        assert figure(evaluation, Table("size", rows)).startswith("<svg")
+
+
 def test_nothing_is_loaded_and_nothing_is_run(results):
     text = render(results, evaluate(results))
     page = Page(text)
@@ -96,8 +157,8 @@ def test_nothing_is_loaded_and_nothing_is_run(results):
 def test_tables_scroll_by_themselves(results):
     """In a narrow window the page must not become as wide as its widest table."""
     text = render(results, evaluate(results)).split("<h2>Answers that flip</h2>")[0]
-    assert text.count("<table>") >= 7
-    assert "<table>" not in re.sub(r'<div class="wide[^>]*>.*?</div>', "", text, flags=re.S)
+    assert text.count("<table") >= 7
+    assert "<table" not in re.sub(r'<div class="(?:wide|legend)[^>]*>.*?</div>', "", text, flags=re.S)
 
 
 def test_a_clip_that_is_gone_is_named(results, tmp_path):
@@ -118,7 +179,8 @@ def test_one_method_alone(results, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_it_opens_in_a_browser(results, tmp_path):
+@pytest.mark.parametrize("width", [1100, 390])
+def test_it_opens_in_a_browser(results, tmp_path, width):
     path = write_report(results, evaluate(results), tmp_path / "report.html")
     picture = tmp_path / "report.png"
     said = subprocess.run(
@@ -130,7 +192,7 @@ def test_it_opens_in_a_browser(results, tmp_path):
             "--hide-scrollbars",
             "--enable-logging=stderr",
             f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=1100,2400",
+            f"--window-size={width},3600",
             f"--screenshot={picture}",
             path.as_uri(),
         ],

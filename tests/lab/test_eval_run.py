@@ -178,19 +178,6 @@ def test_two_runs_at_once_are_refused(model, loaded, tmp_path):
         runner(model, loaded, results).run(loaded.items, progress=False)
 
 
-def test_a_clip_that_cannot_be_read_is_an_error_of_its_own(model, loaded, tmp_path):
-    broken, missing = tmp_path / "broken.mp4", dataclasses.replace(loaded.items[1], path=None)
-    broken.write_bytes(b"no clip")
-    items = [dataclasses.replace(loaded.items[0], path=broken), missing, loaded.items[2]]
-    results = Results(tmp_path / "results")
-    runner(model, loaded, results, methods="vanilla").run(items, batch_size=3, progress=False)
-    errors = [p.error for p in results.predictions().values() if p.error]
-    assert len(errors) == 2 and "no media file" in " ".join(errors) and "the video is missing" in errors
-    write_clip(broken, seconds=1.0, width=64, height=56)  # mended: the next run asks again
-    runner(model, loaded, results, methods="vanilla").run(items, batch_size=3, progress=False)
-    assert [p.error for p in results.predictions().values()].count(None) == 2
-
-
 def test_clips_of_unequal_frame_rate_are_asked_about_apart(model, loaded, tmp_path):
     """A long clip is sampled at a lower rate, and one call takes one rate."""
     long = write_clip(tmp_path / "long.mp4", seconds=4.0, width=64, height=56)

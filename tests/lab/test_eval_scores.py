@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from fmd_ext.lab.eval import captions, statistics
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Prediction, Results, ResultsError, Share
 from fmd_ext.lab.eval.scores import ALL, evaluate, write_scores
+from fmd_ext.lab.eval.wording import caption_against
 
 TASKS = ("AV Matching", "Audio-driven Video Hallucination")
 
@@ -53,7 +55,7 @@ def test_against_counts_by_hand(tmp_path):
     rng = np.random.default_rng(0)
     texts = {method: rng.choice(["Yes.", "No, never", "I don't know"], 40).tolist() for method in ("vanilla", "fmd")}
     evaluation = evaluate(make(tmp_path, texts))
-    assert evaluation.methods == ["vanilla", "fmd"] and evaluation.num_answered == 40
+    assert evaluation.methods == ["vanilla", "fmd"] and evaluation.counts.answered == 40
     truth = np.array([i % 2 == 1 for i in range(40)])
     videos = [f"v{i // 2}" for i in range(40)]
     right = {}
@@ -95,11 +97,32 @@ def test_p_values_are_adjusted_within_their_table(tmp_path):
 def test_methods_are_compared_on_what_all_have_answered(tmp_path):
     evaluation = evaluate(make(tmp_path, {"fmd": ["Yes"] * 3 + [None], "vanilla": ["Yes", "No", None, "Yes"]}))
     assert evaluation.methods == ["vanilla", "fmd"]  # the baseline first
-    assert (evaluation.num_items, evaluation.num_answered) == (4, 2)
-    assert evaluation.errors == {"broken": 2}
+    counts = evaluation.counts
+    assert (counts.asked, counts.answered, counts.failed, counts.unfinished) == (4, 2, 2, 0)
+    assert counts.reasons == {"broken": 2}
     assert evaluate(Results(tmp_path), baseline="fmd").methods == ["fmd", "vanilla"]
     with pytest.raises(ResultsError, match="no method 'avcd' in .*; there are fmd, vanilla"):
         evaluate(Results(tmp_path), baseline="avcd")
+
+
+def test_what_was_never_asked_is_not_missing(tmp_path):
+    """A limit, or an exclusion, is a choice and not a failure; what was asked and has no answer yet is unfinished."""
+    results = make(tmp_path, {"vanilla": ["Yes", "No", None, "Yes"], "fmd": ["Yes", "No", "Yes"]})
+    assert evaluate(results).counts.unfinished == 1
+    items = results.items()
+    results.record_selection(items, excluded=["i3"])
+    counts = evaluate(results).counts
+    assert (counts.asked, counts.answered, counts.failed, counts.unfinished, counts.excluded) == (3, 2, 1, 0, 1)
+    assert counts.lines() == [
+        "2 of 3 questions answered by every method, 1 failed",
+        "left out: 1 excluded by hand",
+        "1 answers are missing: broken",
+    ]
+
+
+def test_notes_are_counted_by_method(tmp_path):
+    results = make(tmp_path, {"vanilla": ["Yes", "No"], "fmd": ["Yes", "No"]}, notes={"answer cut off": "after 2"})
+    assert evaluate(results).counts.notes == {"answer cut off": {"vanilla": 2, "fmd": 2}}
 
 
 def test_samples_are_averaged_within_their_item(tmp_path):
@@ -139,9 +162,9 @@ def test_power_counts_questions_that_go_together(tmp_path, together):
 
 
 def test_a_parser_that_learns_changes_the_scores(tmp_path, monkeypatch):
-    results = make(tmp_path, {"vanilla": ["Affirmative", "Yes"]}, parsed="no", score=0.0)
+    results = make(tmp_path, {"vanilla": ["Oui", "Yes"]}, parsed="no", score=0.0)
     assert evaluate(results).tables[0].rows[ALL]["vanilla"].unparsed == 0.5
-    monkeypatch.setattr("fmd_ext.lab.eval.run.parse_answer", lambda item, text: "yes")
+    monkeypatch.setattr("fmd_ext.lab.eval.scores.parse_answer", lambda item, text: "yes")
     assert evaluate(results).tables[0].rows[ALL]["vanilla"].unparsed == 0
 
 
@@ -164,7 +187,7 @@ def test_captions_are_scored_or_it_is_said_why_not(tmp_path):
     items = [Item(f"c{i}", f"v{i}", None, "Describe.", "caption", "a dog barks in the street") for i in range(3)]
     texts = ["A dog barks in the street.", "a cat", "dogs bark"]
     evaluation = evaluate(make(tmp_path, {"vanilla": texts, "fmd": texts[:1] * 3}, items=items))
-    assert evaluation.tables == [] and evaluation.num_items == 0
+    assert evaluation.tables == [] and evaluation.counts.answered == 3
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError:
@@ -173,7 +196,33 @@ def test_captions_are_scored_or_it_is_said_why_not(tmp_path):
         if shutil.which("java") is None:
             assert "Java" in evaluation.captions["vanilla"]
         else:
-            assert evaluation.captions["fmd"]["METEOR"] > evaluation.captions["vanilla"]["METEOR"] > 0
+            cells = {method: evaluation.captions[method]["METEOR"] for method in ("vanilla", "fmd")}
+            assert cells["fmd"].corpus > cells["vanilla"].corpus > 0
+            assert cells["fmd"].comparison.gained == 2
+
+
+def test_captions_are_compared_in_pairs(tmp_path, monkeypatch):
+    """With made-up scores per caption: intervals over videos, and tests that are adjusted over the methods."""
+    items = [Item(f"c{i}", f"v{i // 2}", None, "Describe.", "caption", "a dog") for i in range(12)]
+    rng = np.random.default_rng(0)
+    own = {method: rng.uniform(size=12) for method in ("vanilla", "fmd", "vcd")}
+
+    def scored(references, said):
+        assert references == ["a dog"] * 12
+        return captions.CaptionScores({"CIDEr": 0.25}, {"CIDEr": own[said[0]]})
+
+    monkeypatch.setattr("fmd_ext.lab.eval.scores.caption_scores", scored)
+    evaluation = evaluate(make(tmp_path, {method: [method] * 12 for method in own}, items=items))
+    videos = [item.video for item in items]
+    expected = [statistics.compare(own[method], own["vanilla"], videos) for method in ("fmd", "vcd")]
+    for method, comparison, p in zip(
+        ("fmd", "vcd"), expected, statistics.holm([c.p_value for c in expected]), strict=True
+    ):
+        cell = evaluation.captions[method]["CIDEr"]
+        assert (cell.corpus, cell.comparison, cell.adjusted_p) == (0.25, comparison, p)
+        assert cell.mean == statistics.mean(own[method], videos)
+    assert evaluation.captions["vanilla"]["CIDEr"].comparison is None
+    assert caption_against(evaluation.captions["fmd"]["CIDEr"]).startswith(f"{expected[0].difference.value:+.3f} (")
 
 
 def test_java_that_is_missing_is_named(monkeypatch):
@@ -192,3 +241,44 @@ def test_nothing_to_score_is_told(tmp_path):
     results = make(tmp_path / "none", {"vanilla": ["Yes", None], "fmd": [None, "Yes"]})
     with pytest.raises(ResultsError, match="has been answered by all of vanilla, fmd yet"):
         evaluate(results)
+
+
+CHOICES = [Item(f"i{i}", f"v{i}", None, "?", "choice", "B", ("x", "dog", "y", "z"), {"task": "t"}) for i in range(4)]
+
+
+def official(folder, benchmark, texts, items):
+    return (
+        evaluate(make(folder, {"vanilla": texts}, benchmark=benchmark, items=items), protocol="official")
+        .tables[0]
+        .rows[ALL]["vanilla"]
+    )
+
+
+def test_the_official_protocols_read_as_the_scripts_do(tmp_path):
+    """With their faults. AVHBench: letters within words; Video-MME: the first capital, unread answers out of the
+    denominator; WorldSense: a letter anywhere, and A for nothing."""
+    label = Item("i0", "v0", None, "?", "yes-no", "no", (), {"task": "t"})
+    items = [dataclasses.replace(label, id=f"i{i}", video=f"v{i}") for i in range(4)]
+    cell = official(tmp_path / "a", "avhbench", ["Yes, I know", "I do not know", "yes", "hm"], items)
+    assert (cell.accuracy.value, cell.unparsed) == (0.5, 0.25)
+    cell = official(tmp_path / "b", "video-mme", ["The best answer is: B", "Best answer: C", "A dog", "none"], CHOICES)
+    assert cell.accuracy.num_items == 3 and cell.accuracy.value == pytest.approx(2 / 3) and cell.unparsed == 0.25
+    texts = ["It is (A) or (B)", "it is certainly the little dog", "nothing", "B."]
+    cell = official(tmp_path / "c", "worldsense", texts, CHOICES)
+    assert (cell.accuracy.value, cell.unparsed) == (0.75, 0.0)
+    with pytest.raises(
+        ResultsError, match="AVQA has no script of its own that reads text.*avhbench, video-mme, worldsense"
+    ):
+        official(tmp_path / "d", "avqa", ["B"] * 4, CHOICES)
+
+
+def test_unread_answers_are_left_out_in_pairs(tmp_path):
+    results = make(
+        tmp_path, {"vanilla": ["B", "C", "x", "B"], "fmd": ["B", "B", "B", "x"]}, benchmark="video-mme", items=CHOICES
+    )
+    cells = evaluate(results, protocol="official").tables[0].rows[ALL]
+    assert [cells[name].accuracy.num_items for name in cells] == [3, 3]
+    assert cells["fmd"].comparison.difference.num_items == 2  # what both have read
+    assert (cells["fmd"].comparison.gained, cells["fmd"].comparison.lost) == (1, 0)
+    write_scores(results, evaluate(results, protocol="official"))
+    assert '"protocol": "official"' in (results.folder / "scores.json").read_text()

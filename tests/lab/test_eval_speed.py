@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from fmd_ext.lab.eval import speed
+from fmd_ext.lab.eval.clips import Group
 from fmd_ext.lab.eval.generation import Decoding, Said
+
+
+def clips(inputs, error=None):
+    return types.SimpleNamespace(prepare=lambda items: [Group(items, inputs, error)])
 
 
 @pytest.fixture
@@ -16,9 +21,7 @@ def runner():
     choices = [types.SimpleNamespace(name=name) for name in ("vanilla", "fmd")]
     model = types.SimpleNamespace(device=torch.device("cpu"))
     inputs = {"input_ids": torch.zeros(1, 7, dtype=torch.long)}
-    return types.SimpleNamespace(
-        choices=choices, model=model, processor=None, decoding=Decoding(), prepare=lambda items: [(items, inputs)]
-    )
+    return types.SimpleNamespace(choices=choices, model=model, processor=None, decoding=Decoding(), clips=clips(inputs))
 
 
 def test_the_first_answer_of_each_method_is_not_timed(runner, monkeypatch):
@@ -31,7 +34,7 @@ def test_the_first_answer_of_each_method_is_not_timed(runner, monkeypatch):
         first = (
             100.0 if asked.count(asked[-1]) == 1 and random_key == ("a",) else {"vanilla": 1.0, "fmd": 1.5}[choice.name]
         )
-        return Said(["x"], [5], first, first + {"vanilla": 2.0, "fmd": 4.0}[choice.name])
+        return Said(["x"], [5], [False], [0], first, first + {"vanilla": 2.0, "fmd": 4.0}[choice.name])
 
     monkeypatch.setattr(speed, "answer", answer)
     items = [types.SimpleNamespace(id=name) for name in "abc"]
@@ -45,7 +48,7 @@ def test_the_first_answer_of_each_method_is_not_timed(runner, monkeypatch):
 
 
 def test_what_cannot_be_timed_is_named(runner):
-    runner.prepare = lambda items: [(items, "the video is missing")]
+    runner.clips = clips(None, "the video is missing")
     with pytest.raises(ValueError, match="a cannot be asked: the video is missing"):
         speed.measure(runner, [types.SimpleNamespace(id="a")])
     with pytest.raises(ValueError, match="tokens must be 2 or more"):

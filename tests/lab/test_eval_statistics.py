@@ -196,3 +196,26 @@ def test_videos_that_all_score_the_same_leave_a_proportion_uncertain():
     balanced = statistics.proportion([1, 0] * 8, np.repeat(np.arange(8), 2))
     assert balanced.design_effect == 0 and balanced.standard_error == 0
     assert balanced.low < 0.5 < balanced.high and balanced.high - balanced.low > 0.3
+
+
+def test_no_size_of_a_group_puts_a_bound_beyond_its_value():
+    """By a rounding error of the last bit, groups of 0 % or 100 % of some sizes made the report fail."""
+    counts = np.arange(2, 10_001)
+    for quantiles in (scipy_stats.t.ppf(0.975, counts - 1), np.full(counts.size, scipy_stats.norm.ppf(0.975))):
+        for count, quantile in zip(counts.tolist(), quantiles.tolist(), strict=True):
+            for value in (0.0, 1.0, 1 / count, 1 - 1 / count):
+                low, high = statistics._wilson(value, count, quantile)
+                assert 0 <= low <= value <= high <= 1, (count, value, quantile)
+    for count in (2, 13, 191, 287, 999):
+        for scores in (np.zeros(count), np.ones(count)):
+            estimate = statistics.proportion(scores)
+            assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_holm_and_wilson_are_statsmodels_own():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p = np.random.default_rng(0).uniform(0, 0.1, 20)
+    assert statistics.holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    low, high = proportion.proportion_confint(12.3, 40.7, alpha=0.05, method="wilson")
+    assert statistics._wilson(12.3 / 40.7, 40.7, scipy_stats.norm.ppf(0.975)) == pytest.approx((low, high))

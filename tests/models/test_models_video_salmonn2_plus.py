@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from fmd_ext.models.video_salmonn2_plus import (
     VideoSalmonn2PlusConfig,
     VideoSalmonn2PlusForConditionalGeneration,
-    VideoSalmonn2PlusProcessor,
     merge_adapter,
 )
-from fmd_ext.models.video_salmonn2_plus.checkpoint import our_name
 from video_salmonn2_plus_recorded import (
     ADAPTER_NAMES,
-    BUFFER,
     CASES,
-    FULL,
-    FULL_NAMES,
-    NAMES,
     RECORDED,
     SMALL,
     official_state,
@@ -123,28 +113,6 @@ def test_a_text_after_a_clip_starts_counting_anew(model):
     torch.testing.assert_close(onward, model(input_ids=ids).logits[:, -1], atol=1e-4, rtol=0)
 
 
-def test_the_published_shape_has_the_official_names_and_shapes():
-    """The 7B model at full size, without memory, by what its configuration says; against the official model.
-
-    Three rules bring official names to ours, which the tests of loading and saving show at work.
-    """
-    config = VideoSalmonn2PlusConfig.from_dict({k: v for k, v in FULL.items() if k != "model_type"})
-    assert config.audio_config.num_tokens == 60 and config.mrope_positions == "inference"
-    with torch.device("meta"):
-        model = VideoSalmonn2PlusForConditionalGeneration(config)
-    ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert ours == {our_name(name): shape for name, shape in FULL_NAMES.items() if name != BUFFER}
-
-
-def test_an_official_folder_loads_whole(folder):
-    model, report = VideoSalmonn2PlusForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    ours, official = model.state_dict(), official_state()
-    assert ours.keys() == {our_name(name) for name in official if name != BUFFER}
-    assert all(torch.equal(ours[our_name(name)], tensor) for name, tensor in official.items() if name != BUFFER)
-    assert type(VideoSalmonn2PlusProcessor.from_pretrained(folder)) is VideoSalmonn2PlusProcessor
-
-
 def test_a_head_that_is_tied_to_the_embeddings_need_not_be_there(tmp_path):
     """As in the 3B model; one that is not tied must."""
     state = {name: tensor for name, tensor in official_state().items() if name != "lm_head.weight"}
@@ -153,43 +121,6 @@ def test_a_head_that_is_tied_to_the_embeddings_need_not_be_there(tmp_path):
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     with pytest.raises(ValueError, match="lacks 1 tensors: lm_head.weight"):
         VideoSalmonn2PlusForConditionalGeneration.from_pretrained(write_official_folder(tmp_path / "torn", state))
-
-
-def test_a_saved_folder_has_the_official_names_and_is_known_to_the_auto_classes(model, folder, tmp_path):
-    model.save_pretrained(tmp_path)
-    VideoSalmonn2PlusProcessor.from_pretrained(folder).save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    expected = {name: shape for name, shape in NAMES.items() if name != BUFFER}
-    assert {name: list(tensor.shape) for name, tensor in saved.items()} == expected
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "video_salmonn2_plus"
-    inputs = recorded_inputs("one")
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        again = auto.from_pretrained(tmp_path)
-        assert type(again) is type(model) and torch.equal(again(**inputs).logits, model(**inputs).logits)
-    processor = AutoProcessor.from_pretrained(tmp_path)
-    assert type(processor) is VideoSalmonn2PlusProcessor and processor.tokens_per_window == 60
-
-
-@pytest.mark.parametrize(
-    "gone, named",
-    [
-        ("audio.q_tokens", r"lacks 1 tensors: model.audio.q_tokens"),
-        ("audio.", r"lacks \d+ tensors: model.audio.audio_proj.bias, .* and \d+ more"),
-        ("model.layers.2.", r"lacks \d+ tensors: model.language_model.layers.2.input_layernorm.weight"),
-    ],
-)
-def test_a_partial_checkpoint_is_refused_by_name(tmp_path, gone, named):
-    """Also a plain Qwen2.5-VL, which lacks what is called audio."""
-    state = {name: tensor for name, tensor in official_state().items() if not name.startswith(gone)}
-    folder = write_official_folder(tmp_path / "partial", state)
-    with pytest.raises(ValueError, match="is no complete VideoSalmonn2PlusForConditionalGeneration: it " + named):
-        VideoSalmonn2PlusForConditionalGeneration.from_pretrained(folder)
-
-
-def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):
-    folder = write_official_folder(tmp_path / "unfit", {**official_state(), "audio.audio_proj.bias": torch.zeros(60)})
-    with pytest.raises(ValueError, match=r"model.audio.audio_proj.bias is \[60\] instead of \[64\]"):
-        VideoSalmonn2PlusForConditionalGeneration.from_pretrained(folder)
 
 
 def test_an_adapter_merges_as_in_the_official_code(folder, tmp_path):
@@ -239,23 +170,10 @@ def test_an_unknown_way_to_count_positions_is_refused():
         VideoSalmonn2PlusConfig.from_dict({**SMALL, "mrope_positions": "both"})
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 0.05), (torch.bfloat16, 0.4)])
-def test_low_precision_stays_near(folder, dtype, bound):
-    model = VideoSalmonn2PlusForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    logits = model(**recorded_inputs("one")).logits
-    assert logits.dtype == dtype
-    np.testing.assert_allclose(logits[0, -16:].float().numpy(), RECORDED["one_logits"], atol=bound, rtol=0)
-
-
-def test_encoders_fetched_from_disk_when_they_are_needed(folder, tmp_path):
-    """accelerate's device_map: each part may lie elsewhere."""
-    fetched = ("model.visual", "model.audio")
-    at_hand = ("model.language_model", "lm_head")
-    places = dict.fromkeys(fetched, "disk") | dict.fromkeys(at_hand, "cpu")
+def test_an_adapter_is_merged_into_a_model_in_memory(folder, tmp_path):
+    places = {"model.visual": "disk", "model.audio": "disk", "model.language_model": "cpu", "lm_head": "cpu"}
     model = VideoSalmonn2PlusForConditionalGeneration.from_pretrained(
         folder, device_map=places, offload_folder=tmp_path
     )
-    assert model.model.audio.conv1.weight.device.type == "meta"
-    close(model(**recorded_inputs("one")).logits[0, -16:], RECORDED["one_logits"])
     with pytest.raises(ValueError, match="is merged into a model in memory"):
         merge_adapter(model, write_official_adapter(tmp_path / "adapter"))

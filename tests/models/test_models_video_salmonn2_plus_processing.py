@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmd_ext.inputs.chat import ClipProcessor, last_question_token, load_clip_for, prepare_batch, prepare_inputs
+from fmd_ext.inputs.chat import ClipProcessor, load_clip_for, prepare_inputs
 from fmd_ext.inputs.media import Clip
 from fmd_ext.lab.tiny.video_salmonn2_plus import processor_for
 from fmd_ext.models.video_salmonn2_plus import VideoSalmonn2PlusConfig, VideoSalmonn2PlusProcessor
@@ -120,35 +120,11 @@ def test_picture_and_sound_are_interleaved_asked_or_not(processor, clip, asked):
     assert ids[0].tolist() == official_prompt(processor, "clip_ids")
 
 
-def test_a_batch_is_padded_on_the_left_and_windows_stay_with_their_samples(processor):
-    dark = np.zeros((2, 28, 28, 3), np.uint8)
-    conversations = [([noise(1, dark)], "One?"), ([], "Two words?"), ([noise(2), noise(31)], "Three?")]
-    batch = prepare_batch(processor, conversations, frame_pixels=(784, 784))
-    alone = [prepare_batch(processor, [conversation], frame_pixels=(784, 784)) for conversation in conversations]
-    for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
-        assert row[mask.bool()].tolist() == own["input_ids"][0].tolist() and mask.sum() == own["attention_mask"].sum()
-        assert mask.sort().values.equal(mask)
-    assert batch["input_features"].shape == (3, 3, 128, 3000) and batch["video_grid_thw"].tolist() == [[1, 2, 2]]
-    assert torch.equal(batch["input_features"][0, :1], alone[0]["input_features"][0])
-    assert torch.equal(batch["input_features"][2], alone[2]["input_features"][0])
-    assert not batch["input_features"][0, 1:].any() and not batch["input_features"][1].any()
-
-
 def test_the_number_of_pixels_can_be_chosen(processor, clip):
     grid = prepare_inputs(processor, clip, QUESTION, frame_pixels=(784, 784))["video_grid_thw"]
     assert grid.tolist() == [[17, 2, 2]]
     with pytest.raises(ValueError, match="frame_pixels must be"):
         prepare_inputs(processor, clip, QUESTION, frame_pixels=(2, 1))
-
-
-def test_the_last_question_token(processor, clip):
-    ids = prepare_inputs(processor, clip, QUESTION)["input_ids"][0]
-    index = last_question_token(processor, QUESTION)
-    assert processor.tokenizer.decode(ids[: len(ids) + index + 1]).endswith(QUESTION)
-
-
-def test_a_system_prompt_replaces_the_models_own(processor, clip):
-    assert processor.render([clip], QUESTION, "Be brief.").startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 
 def test_a_tokenizer_that_does_not_know_clips_is_refused(tmp_path):

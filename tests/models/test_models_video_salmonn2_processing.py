@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor
 
-from fmd_ext.inputs.chat import ClipProcessor, last_question_token, load_clip_for, prepare_batch, prepare_inputs
+from fmd_ext.inputs.chat import ClipProcessor, load_clip_for, prepare_batch, prepare_inputs
 from fmd_ext.inputs.media import Clip
 from fmd_ext.models.video_salmonn2 import VideoSalmonn2Processor
 from fmd_ext.models.video_salmonn2.processing import shares_of_sound
@@ -132,28 +132,6 @@ def test_a_silent_clips_frames_are_followed_by_their_times(processor, clip):
     )
     ids = prepare_inputs(untimed, part(clip, audio=None), QUESTION)["input_ids"][0]
     assert (ids == VIDEO).diff().sum() == 2 and (ids == VIDEO).sum() == 4 * 182
-
-
-def test_a_batch_is_padded_on_the_left_and_its_clips_stay_with_their_samples(processor, clip):
-    conversations = [([clip], "One?"), ([], "Two words?"), ([part(clip, frames=None)], "Three?")]
-    batch = prepare_batch(processor, conversations)
-    alone = [prepare_batch(processor, [conversation]) for conversation in conversations]
-    for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
-        assert row[mask.bool()].tolist() == own["input_ids"][0].tolist() and mask.sort().values.equal(mask)
-    assert torch.equal(batch["pixel_values_videos"][0], alone[0]["pixel_values_videos"][0])
-    assert torch.equal(batch["input_features"][2], alone[2]["input_features"][0])
-    assert not batch["pixel_values_videos"][1:].any() and not batch["input_features"][1].any()
-
-
-def test_the_last_question_token(processor, clip):
-    ids = prepare_inputs(processor, clip, QUESTION)["input_ids"][0]
-    index = last_question_token(processor, QUESTION)
-    assert processor.tokenizer.decode(ids[: len(ids) + index + 1]).endswith(QUESTION)
-
-
-def test_a_system_prompt_replaces_the_models_own(processor, clip):
-    text = processor.render([clip], QUESTION, "Be brief.")
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "helpful" not in text
 
 
 def test_what_it_does_not_know_is_refused(processor, clip):

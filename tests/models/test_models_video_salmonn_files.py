@@ -90,6 +90,15 @@ def test_the_prompt_is_the_official_one(processor, given, token, tokens):
     assert inputs["input_ids"][0, last_question_token(processor, QUESTION)] == processor.tokenizer("?")["input_ids"][0]
 
 
+def test_of_a_long_question_its_end_steers_how_frames_are_read(processor, tmp_path):
+    question = "Who sings " + "sound " * 600 + "?"
+    processor.save_pretrained(tmp_path)
+    ids = processor.qformer_tokenizer(question)["input_ids"]
+    for own in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        inputs = prepare_inputs(own, clip(), question)
+        assert inputs["qformer_input_ids"][0].tolist() == ids[-512:] != ids[:512]
+
+
 def test_sound_is_padded_to_three_seconds_and_cut_at_whispers_window(processor):
     full = VideoSalmonnProcessor(WhisperFeatureExtractor(), processor.tokenizer, processor.qformer_tokenizer)
     short = clip(frames=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from fmd_ext.inputs.chat import ClipProcessor, last_question_token, load_clip_for, prepare_batch, prepare_inputs
+from fmd_ext.inputs.chat import ClipProcessor, load_clip_for, prepare_inputs
 from fmd_ext.inputs.frames import middles
 from fmd_ext.inputs.media import Clip
 from fmd_ext.models.videollama2 import VideoLlama2Processor
@@ -131,32 +131,6 @@ def test_sound_alone_is_heard_from_its_start(processor, clip):
 def test_picture_alone_brings_no_sound(processor, clip):
     inputs = prepare_inputs(processor, part(clip, audio=None), QUESTION)
     assert "input_features" not in inputs and (inputs["input_ids"] == VIDEO).sum() == processor.num_video_tokens
-
-
-def test_a_batch_is_padded_on_the_left_and_its_clips_stay_with_their_samples(processor, clip):
-    dark = part(clip, frames=np.zeros_like(clip.frames), audio=None)
-    conversations = [([clip, dark], "One?"), ([], "Two words?"), ([part(clip, frames=None)], "Three?")]
-    batch = prepare_batch(processor, conversations)
-    alone = [prepare_batch(processor, [conversation]) for conversation in conversations]
-    for row, mask, own in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
-        assert row[mask.bool()].tolist() == own["input_ids"][0].tolist() and mask.sum() == own["attention_mask"].sum()
-        assert mask.sort().values.equal(mask)
-    assert batch["pixel_values_videos"].shape[:2] == (3, 2) and batch["input_features"].shape[:2] == (3, 1)
-    assert torch.equal(batch["pixel_values_videos"][0], alone[0]["pixel_values_videos"][0])
-    assert torch.equal(batch["input_features"][[0, 2]], torch.cat([a["input_features"] for a in (alone[0], alone[2])]))
-    assert not batch["pixel_values_videos"][1:].any() and not batch["input_features"][1].any()
-
-
-def test_the_last_question_token(processor, clip):
-    ids = prepare_inputs(processor, clip, QUESTION)["input_ids"][0]
-    index = last_question_token(processor, QUESTION)
-    assert processor.tokenizer.decode(ids[: len(ids) + index + 1]).endswith(QUESTION)
-
-
-def test_a_system_prompt_replaces_the_models_own(processors, clip):
-    for processor in processors.values():
-        text = processor.render([clip], QUESTION, "Be brief.")
-        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>") and "helpful" not in text
 
 
 @pytest.mark.parametrize(

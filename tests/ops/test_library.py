@@ -88,6 +88,13 @@ def test_library_that_does_not_load(empty_folder):
         library.load()
 
 
+def test_a_library_of_another_schema_version_is_refused(before_load, monkeypatch):
+    newer = library.SCHEMA_VERSION + 1
+    monkeypatch.setattr(library, "SCHEMA_VERSION", newer)
+    with pytest.raises(ImportError, match=rf"its op schemas are version {newer - 1}, .* has version {newer}\): build"):
+        library.load()
+
+
 def test_a_library_of_other_sources_is_named(monkeypatch):
     monkeypatch.setattr(torch.ops, "fmd_ext", types.SimpleNamespace())
     with pytest.raises(ImportError, match=r"libfmd_ext_cpu\.so was built from other sources .* build it again"):

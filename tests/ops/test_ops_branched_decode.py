@@ -86,7 +86,7 @@ def test_other_samples_change_no_bit():
     out, lse = ops.branched_decode(*case.decode_args())
     for pair in (slice(0, 2), slice(7, 9)):  # the groups of samples 0 and 5
         rows = case.qo_rows[pair]
-        alone, lse_alone = ops.branched_decode(case.q, case.k, case.v, rows, case.segments[pair], case.scale, True)
+        alone, lse_alone = ops.branched_decode(case.q, case.k, case.v, rows, case.key_ranges[pair], case.scale, True)
         assert torch.equal(alone[rows], out[rows]) and torch.equal(lse_alone[rows], lse[rows])
 
 
@@ -103,7 +103,7 @@ def test_huge_scores(isa, spread):
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_nan_that_a_query_sees_is_not_hidden(where):
     case = make_case([Group(1, 800), Group(1, 30)], (6, 2), 64, spare_rows=0)
-    getattr(case, where)[:, int(case.segments[0, 0]) + 700, 3] = math.nan
+    getattr(case, where)[:, int(case.key_ranges[0, 0]) + 700, 3] = math.nan
     out, _ = ops.branched_decode(*case.decode_args())
     hit, other = out[case.qo_rows[0]], out[case.qo_rows[1]]
     assert hit[:, 3].isnan().all() and other.isfinite().all()

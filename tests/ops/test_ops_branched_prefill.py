@@ -98,7 +98,7 @@ def test_chunks_change_no_bit():
     """A query's result depends on its keys alone, not on which other queries are in the call."""
     whole = make_case([Group(200, 200, 30)], (14, 2), 128, spare_rows=0)
     out, lse = ops.branched_prefill(*whole.prefill_args())
-    kv_start, _, prefix_start, prefix_len = whole.segments[0].tolist()
+    kv_start, _, prefix_start, prefix_len = whole.key_ranges[0].tolist()
     for begin, end in ((0, 1), (1, 90), (90, 200)):
         rows = whole.qo_rows[begin:end]
         part, part_lse = ops.branched_prefill(
@@ -128,7 +128,7 @@ def test_small_and_huge_scores(isa, spread):
 def test_maximum_that_moves_with_every_tile(isa):
     """Scores that rise, and scores that fall, over 400 keys: the online softmax rescales all the time, or never."""
     case = make_case([Group(30, 400)], (2, 2), 64)
-    slots = slice(int(case.segments[0, 0]), int(case.segments[0, 0]) + 400)
+    slots = slice(int(case.key_ranges[0, 0]), int(case.key_ranges[0, 0]) + 400)
     case.k[0, slots] = torch.linspace(-20, 20, 400)[:, None]
     case.k[1, slots] = torch.linspace(20, -20, 400)[:, None]
     case.q.fill_(0.25)
@@ -142,7 +142,7 @@ def test_maximum_that_moves_with_every_tile(isa):
 def test_nan_that_a_query_sees_is_not_hidden(isa, where):
     """And one in K or q does not spread to queries that do not see it."""
     case = make_case([Group(40, 40)], (6, 2), 64, spare_rows=0)
-    rows, slot = case.qo_rows, int(case.segments[0, 0]) + 20
+    rows, slot = case.qo_rows, int(case.key_ranges[0, 0]) + 20
     if where == "q":
         case.q[rows[20]] = math.nan
     else:
@@ -207,7 +207,7 @@ def test_out_of_a_compiled_graph():
 def test_expectation_knows_causality():
     """The expectation itself, on a case worked out by hand: two keys of score 0, values 2 and 4."""
     case = make_case([Group(2, 2)], (1, 1), 8, spare_rows=0)
-    start = int(case.segments[0, 0])
+    start = int(case.key_ranges[0, 0])
     case.k[:, start : start + 2] = 0.0
     case.v[:, start] = 2.0
     case.v[:, start + 1] = 4.0

@@ -24,7 +24,7 @@ def good(op):
         "k": pool,
         "v": pool.clone(),
         "qo_rows": index(4, 0, 2),
-        "segments": index(3, 5, 0, 2, 20, 10, 0, 0).view(2, 4),
+        "key_ranges": index(3, 5, 0, 2, 20, 10, 0, 0).view(2, 4),
         "softmax_scale": 0.25,
     }
     if op == "branched_prefill":
@@ -38,9 +38,6 @@ def good(op):
         shapes = {"q_out": (3, HEADS, DIM), "q": (3, HEADS, DIM), "cos": (3, DIM), "sin": (3, DIM)}
         return good("append_") | {name: torch.randn(shape) for name, shape in shapes.items()}
     weights = torch.tensor([0.5, 0.25])
-    if op == "merge_norm_":
-        norm = {"norm_weight": torch.ones(DIM), "eps": 1e-6}
-        return {"hidden": torch.randn(6, DIM), "away_rows": index(5, -1), "weights": weights} | norm
     return {"hidden": torch.randn(6, DIM), "home_rows": index(0, 1), "away_rows": index(4, 5), "weights": weights}
 
 
@@ -56,13 +53,13 @@ ATTENTION = [
     ("v", torch.randn(KV_HEADS, SLOTS, DIM).bfloat16(), "has dtype BFloat16, accepted is Float"),
     ("qo_rows", index(4, 0, 2).int(), "has dtype Int, accepted is Long"),
     ("qo_rows", index(4, 9, 0, 9, 2)[::2].view(1, 3), "has shape [1, 3], accepted is"),
-    ("segments", index(3, 5, 0), "has shape [3], accepted is [num_groups, 4]"),
-    ("segments", index(3, 5, 0, 2, 20, 10, 0, 0).view(2, 4).float(), "has dtype Float, accepted is Long"),
-    ("segments", index(3, 20, 5, 10, 0, 0, 2, 0).view(4, 2).t(), "of shape [2, 4] is not contiguous"),
-    ("segments", index(3, 5, 0, 2, 25, 6, 0, 0).view(2, 4), "[1] has kv_start 25 and kv_len 6, accepted are ranges"),
-    ("segments", index(3, 5, 29, 2, 20, 10, 0, 0).view(2, 4), "[0] has prefix_start 29 and prefix_len 2, accepted"),
-    ("segments", index(-1, 5, 0, 2, 20, 10, 0, 0).view(2, 4), "[0] has kv_start -1 and kv_len 5, accepted are"),
-    ("segments", index(3, -5, 0, 2, 20, 10, 0, 0).view(2, 4), "[0] has kv_start 3 and kv_len -5, accepted are"),
+    ("key_ranges", index(3, 5, 0), "has shape [3], accepted is [num_groups, 4]"),
+    ("key_ranges", index(3, 5, 0, 2, 20, 10, 0, 0).view(2, 4).float(), "has dtype Float, accepted is Long"),
+    ("key_ranges", index(3, 20, 5, 10, 0, 0, 2, 0).view(4, 2).t(), "of shape [2, 4] is not contiguous"),
+    ("key_ranges", index(3, 5, 0, 2, 25, 6, 0, 0).view(2, 4), "[1] has kv_start 25 and kv_len 6, accepted are ranges"),
+    ("key_ranges", index(3, 5, 29, 2, 20, 10, 0, 0).view(2, 4), "[0] has prefix_start 29 and prefix_len 2, accepted"),
+    ("key_ranges", index(-1, 5, 0, 2, 20, 10, 0, 0).view(2, 4), "[0] has kv_start -1 and kv_len 5, accepted are"),
+    ("key_ranges", index(3, -5, 0, 2, 20, 10, 0, 0).view(2, 4), "[0] has kv_start 3 and kv_len -5, accepted are"),
     ("softmax_scale", math.nan, "is nan, accepted are finite numbers"),
     ("softmax_scale", math.inf, "is inf, accepted are finite numbers"),
 ]
@@ -137,14 +134,6 @@ CASES = [
     ("rope_append_", "sin", torch.randn(DIM, 3).t(), "has stride 3 in its last dimension, accepted is 1"),
     ("rope_append_", "v", torch.randn(4, KV_HEADS, DIM), "has shape [4, 2, 16], accepted is [num_rows, num_kv_heads,"),
     ("rope_append_", "slots", index(7, 0, 30), "[2] is 30, accepted are 0 to 29 (slots of the pool)"),
-    ("merge_norm_", "hidden", torch.randn(1, DIM).expand(6, -1), "is expanded along dimension 0, accepted"),
-    ("merge_norm_", "away_rows", index(5, 1), "[1] is 1, accepted are -1 (none) and 2 to 5 (rows of hidden after"),
-    ("merge_norm_", "away_rows", index(6, 2), "[0] is 6, accepted are -1 (none) and 2 to 5 (rows of hidden after"),
-    ("merge_norm_", "away_rows", index(*[-1] * 7), "has 7 home rows, accepted are at most the 6 rows of hidden"),
-    ("merge_norm_", "weights", torch.ones(3), "has shape [3], accepted is [num_home] = [2]"),
-    ("merge_norm_", "norm_weight", torch.ones(8), "has shape [8], accepted is [hidden_size] = [16]"),
-    ("merge_norm_", "norm_weight", torch.ones(DIM).half(), "has dtype Half, accepted is Float"),
-    ("merge_norm_", "eps", -1.0, "is -1, accepted are finite values from 0 on"),
 ]
 
 
@@ -177,7 +166,6 @@ def test_head_dim(head_dim):
         ("append_", "v"),
         ("rope_append_", "q"),
         ("merge_", "hidden"),
-        ("merge_norm_", "hidden"),
         *((f"branched_{x}", "q") for x in ("prefill", "decode")),
     ],
 )

@@ -118,7 +118,7 @@ def test_a_clip_in_the_second_turn(thinker):
     inputs = build_inputs([[("text", 12), *VIDEO_AUDIO]])
     whole = thinker(**inputs).logits
     cache = thinker(input_ids=inputs["input_ids"][:, :12], attention_mask=torch.ones(1, 12)).past_key_values
-    assert not handle.last_plan.forked.any()
+    assert not handle.last_call.plan.forked.any()
     positions = thinker.get_rope_index if hasattr(thinker, "get_rope_index") else thinker.model.get_rope_index
     frames = inputs["feature_attention_mask"].sum(-1)
     ids, _ = positions(
@@ -130,7 +130,7 @@ def test_a_clip_in_the_second_turn(thinker):
     )
     rest = {**inputs, "input_ids": inputs["input_ids"][:, 12:], "position_ids": ids[..., 12:], "past_key_values": cache}
     torch.testing.assert_close(thinker(**rest).logits, whole[:, 12:], atol=1e-4, rtol=0)
-    assert handle.last_plan.forked.all()
+    assert handle.last_call.plan.forked.all()
 
 
 def test_a_clip_in_the_second_turn_of_generate(thinker):
@@ -142,7 +142,7 @@ def test_a_clip_in_the_second_turn_of_generate(thinker):
         cache = thinker(input_ids=inputs["input_ids"][:, :12], attention_mask=torch.ones(1, 12)).past_key_values
         call = {**inputs, "input_ids": inputs["input_ids"][:, start:], "past_key_values": cache}
         tokens.append(greedy(thinker, call, 4).tolist())
-        assert handle.last_plan.forked.all()
+        assert handle.last_call.plan.forked.all()
         assert cache.layers[0].state.fork_table.length[0, 0] == 12 + 6  # up to the clip
     assert tokens[0] == tokens[1]
 
@@ -153,10 +153,10 @@ def test_generated_tokens_are_text_whatever_their_id(thinker):
     handle = fmd_ext.patch(thinker, fork_layers=2, masking="attention")
     audio = TOKEN_IDS["audio_token"]
     greedy(thinker, inputs, 3, prefix_allowed_tokens_fn=lambda batch, ids: [audio])
-    assert handle.last_plan.num_away == 1  # text has a row in both branches, audio in one
+    assert handle.last_call.plan.num_away == 1  # text has a row in both branches, audio in one
     cache = thinker(**inputs).past_key_values
     thinker(input_ids=torch.tensor([[audio]]), past_key_values=cache)  # a decode loop by hand
-    assert handle.last_plan.num_away == 1
+    assert handle.last_call.plan.num_away == 1
 
 
 def test_sampling_with_a_seed(thinker):
@@ -200,7 +200,8 @@ def test_beam_search_scores_equal_full_recompute(thinker, masking):
             "attention_mask": torch.cat([batch["attention_mask"], torch.ones(3, 4, dtype=torch.long)], dim=1),
             "position_ids": torch.cat([batch["position_ids"], batch["position_ids"][:, -1:] + torch.arange(1, 5)], 1),
         }
-        logits = thinker(**whole, modality_labels=batch["modality_labels"]).logits[:, -5:]
+        labels = torch.nn.functional.pad(batch["modality_labels"], (0, 4))  # words are text
+        logits = thinker(**whole, modality_labels=labels).logits[:, -5:]
         scores = logits.log_softmax(-1).gather(2, words[..., None]).sum((1, 2))
         torch.testing.assert_close(scores, beams.sequences_scores[beam::4], atol=1e-3, rtol=0)
 

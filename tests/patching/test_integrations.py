@@ -27,7 +27,7 @@ def check(model, config):
         torch.testing.assert_close(model(**inputs).logits[keep], expected[keep], atol=1e-4, rtol=0)
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
         assert out[:, -4:].tolist() == tokens.tolist()
-        assert handle.last_plan.forked.all()
+        assert handle.last_call.plan.forked.all()
     assert torch.equal(model(**inputs).logits, vanilla)
 
 

@@ -113,7 +113,7 @@ def test_a_sample_without_both_modalities_is_vanilla(thinker, sample):
     vanilla = thinker(**inputs).logits
     handle = fmd_ext.patch(thinker, fork_layers=2)
     torch.testing.assert_close(thinker(**inputs).logits, vanilla, atol=1e-4, rtol=0)
-    assert handle.last_plan.num_away == 0 and not handle.last_plan.forked.any()
+    assert handle.last_call.plan.num_away == 0 and not handle.last_call.plan.forked.any()
 
 
 @pytest.mark.parametrize("masking", ["zero", "attention"])
@@ -162,7 +162,7 @@ def test_rows_are_those_of_the_design(thinker, masking, fork_layers):
     text_after_prefix = int(is_text.sum()) - prefix
     rows = 2 * total - prefix if masking == "zero" else total + text_after_prefix
     assert seen == [rows] * fork_layers + [total] * (4 - fork_layers)
-    assert (handle.last_plan.num_rows, handle.last_plan.num_home) == (rows, total)
+    assert (handle.last_call.plan.num_rows, handle.last_call.plan.num_home) == (rows, total)
 
 
 @pytest.mark.parametrize("fork_layers", [1, 2, 4])

@@ -79,7 +79,7 @@ def test_logits_and_tokens_equal_the_reference(model, masking, fork_layers):
     assert (expected[keep] - vanilla).abs().max() > 0.1
     handle = fmd_ext.patch(model, config, runner=fork_layers == 2)
     torch.testing.assert_close(model(**inputs).logits[keep], expected[keep], atol=1e-4, rtol=0)
-    assert handle.last_plan.forked.all()
+    assert handle.last_call.plan.forked.all()
     out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert out[:, -6:].tolist() == tokens.tolist()
 
@@ -91,7 +91,7 @@ def test_a_sample_without_both_is_vanilla(model, kinds):
     vanilla = model(**inputs).logits
     with fmd_ext.patch(model, fork_layers=2) as handle:
         torch.testing.assert_close(model(**inputs).logits[keep], vanilla[keep], atol=1e-4, rtol=0)
-        assert handle.last_plan.num_away == 0
+        assert handle.last_call.plan.num_away == 0
     assert torch.equal(model(**inputs).logits, vanilla)
 
 

@@ -99,7 +99,7 @@ def test_an_unforked_sample_is_vanilla(model):
         vanilla = model(**inputs).logits
         with fmd_ext.patch(model, fork_layers=2) as handle:
             torch.testing.assert_close(model(**inputs).logits, vanilla, atol=1e-4, rtol=0)
-            assert handle.last_plan.num_away == 0
+            assert handle.last_call.plan.num_away == 0
         assert torch.equal(model(**inputs).logits, vanilla)
 
 
@@ -177,4 +177,4 @@ def test_a_folder_answers_through_the_command_line(tmp_path, capsys, speech):
     handle = fmd_ext.patch(thinker, fork_layers=2)
     ids = thinker.generate(**inputs, max_new_tokens=6, do_sample=False)
     answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert handle.last_plan.forked.all() and answer.strip() in capsys.readouterr().out
+    assert handle.last_call.plan.forked.all() and answer.strip() in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_a_copy_rotates_for_itself(thinker, rotations):
     expected = thinker(**inputs).logits
     twin = copy.deepcopy(thinker)
     assert torch.equal(twin(**inputs).logits, expected)
-    assert len(rotations) == 8 and handle.session.plan is None
+    assert len(rotations) == 8 and handle.session.call is None
     defer = [m.__dict__["_fmd_overrides"]["forward"]._forward.__globals__ for m in map(attention_of, (thinker, twin))]
     assert defer[0]["apply_rotary_pos_emb"].__self__.session is handle.session
     assert defer[1]["apply_rotary_pos_emb"].__self__.session is fmd_ext.handle_of(twin).session

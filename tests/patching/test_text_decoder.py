@@ -79,7 +79,8 @@ def test_generate_takes_labels(model, masking):
     for step in range(5):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         call = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-        logits = model(**call, modality_labels=LABELS).logits[:, -1]
+        labels = torch.nn.functional.pad(LABELS, (0, step))  # words are text
+        logits = model(**call, modality_labels=labels).logits[:, -1]
         assert logits.argmax(-1).tolist() == tokens[:, step].tolist()
         embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[:, step : step + 1])], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

@@ -1,7 +1,7 @@
 """Executes the CUDA launchers and kernels of csrc/cuda on the CPU, under AddressSanitizer and UBSan.
 
-The sources are compiled as plain C++ over csrc/cuda/intrinsics/host.h, together with a driver that takes calls from
-stdin. The driver is compiled again only when a source has changed.
+The sources are compiled as plain C++ over cuda_host/intrinsics.h, together with a driver that takes calls from stdin.
+The driver is compiled again only when a source has changed.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Kernels and launchers are instrumented. The scheduler and the tensor core are not, which makes the tests eight times
 # faster: what they touch for a kernel, the kernel's side of the layer has touched before.
 INSTRUMENTED, PLAIN = ["-O1", *SANITIZERS], ["-O2"]
+DRIVER = ("driver.cpp", "small_kernels.cpp")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, MERGE_NORM, END = 0, 1, 2, 3, 4, 5, 6, -1
-FAULT_SM90, FRAGMENTS = 7, 8
+PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, FAULT_SM90, FRAGMENTS, END = 0, 1, 2, 3, 4, 5, 6, 7, -1
 
 
 def sources() -> list[tuple[Path, list[str]]]:
     """Sources with their flags, the ones that take longest first."""
-    cuda = ROOT / "csrc" / "cuda"
-    kernels = sorted(cuda.glob("*.cu"), key=lambda path: -path.with_suffix(".cuh").stat().st_size)
-    instrumented = [*kernels, *sorted((TESTS / "support" / "cuda_host").glob("*.cpp"))]
-    plain = sorted((cuda / "intrinsics").glob("*.cpp"))
+    kernels = (ROOT / "csrc" / "cuda").rglob("*.cu")
+    attention_first = sorted(kernels, key=lambda path: (not path.with_suffix(".cuh").exists(), path))
+    emulator = sorted((TESTS / "support" / "cuda_host").glob("*.cpp"))
+    instrumented = [*attention_first, *(path for path in emulator if path.name in DRIVER)]
+    plain = [path for path in emulator if path.name not in DRIVER]
     return [(path, INSTRUMENTED) for path in instrumented] + [(path, PLAIN) for path in plain]
 
 
@@ -54,6 +55,7 @@ def _compile(compiler: str, folder: Path) -> Path:
     """The driver in `folder`, which keeps the objects of this state of the sources and no others."""
     folders = [ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", TESTS / "support" / "cuda_host"]
     headers = {path for folder in folders for path in folder.rglob("*.*h") if path.is_file()}
+    include = [part for folder in ("csrc", "csrc/include", "tests/support") for part in ("-I", ROOT / folder)]
     headers_digest = hashlib.sha256(compiler.encode())
     for path in sorted(headers):
         headers_digest.update(path.name.encode() + path.read_bytes())
@@ -73,7 +75,7 @@ def _compile(compiler: str, folder: Path) -> Path:
         digest = headers_digest.copy()
         digest.update(repr((FLAGS, flags)).encode() + source.read_bytes())
         target = folder / f"{source.name}-{digest.hexdigest()[:16]}.o"
-        return build(target, *flags, "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include", "-x", "c++", "-c", source)
+        return build(target, *flags, *include, "-x", "c++", "-c", source)
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compile_one, sources()))
@@ -128,11 +130,11 @@ class Calls:
         self._call(DECODE if decode else PREFILL, seed, multiprocessors, out, lse)
         num_kv_heads, num_slots, _ = case.k.shape
         self._numbers(DTYPE_CODES[case.q.dtype], num_rows, num_slots, num_qo_heads, num_kv_heads, head_dim)
-        self._numbers(len(case.segments), len(case.qo_rows), 1 if decode else case.max_qo_len)
+        self._numbers(len(case.key_ranges), len(case.qo_rows), 1 if decode else case.max_qo_len)
         self._float(case.scale)
         for tensor, dims in ((case.q, (0, 1)), (case.k, (0, 1)), (case.v, (0, 1))):
             self._strided(tensor, *dims)
-        for tensor in (case.qo_rows, case.cu_seqlens_q, case.segments, out, lse):
+        for tensor in (case.qo_rows, case.cu_seqlens_q, case.key_ranges, out, lse):
             self._array(tensor)
         self._numbers(return_lse, head_distance, kernel)
 
@@ -165,23 +167,13 @@ class Calls:
         for tensor in (home_rows, away_rows, weights):
             self._array(tensor)
 
-    def merge_norm(self, hidden, away_rows, weights, norm_weight, eps, seed=0):
-        """The memory of hidden afterwards, which must be contiguous, and the normed rows."""
-        out = torch.full((len(away_rows), hidden.shape[1]), float("nan"), dtype=hidden.dtype)
-        self._call(MERGE_NORM, seed, 2, hidden, out)
-        self._numbers(DTYPE_CODES[hidden.dtype], *hidden.shape, len(away_rows))
-        self._float(eps)
-        self._strided(hidden, 0)
-        for tensor in (away_rows, weights, norm_weight, out):
-            self._array(tensor)
-
     def fault(self, which, seed=0, sm90=False):
-        """A kernel with one mistake (0: none), see cuda_host_small.cpp; the right result is 32 ones."""
+        """A kernel with one mistake (0: none), see small_kernels.cpp; the right result is 32 ones."""
         self._call(FAULT_SM90 if sm90 else FAULT, seed, 2, torch.empty(32))
         self._numbers(which)
 
     def fragments(self, instruction, numbers, image=None, a=None, b=None, places=(0, 0, 0, 0), seed=0):
-        """float32 [128, numbers]: what each thread holds after one instruction, see cuda_host_small.cpp.
+        """float32 [128, numbers]: what each thread holds after one instruction, see small_kernels.cpp.
 
         image: bfloat16, shared memory. a, b: int32 [128, 4] and [128, 2], words of each thread. places: the first
         bytes of both matrices in the image, and the leading and stride bytes of their descriptors.

@@ -62,7 +62,30 @@ VIDEO_MME = {
     "answer": "C",
 }
 
+# As published: a record per video.
 WORLDSENSE = {
+    "video_id": "abcd",
+    "duration": 61.5,
+    "domain": "Daily Life",
+    "audio_class": ["Speech", "Event"],
+    "task0": {
+        "task_domain": "Recognition",
+        "task_type": "Audio Recognition",
+        "question": "What is said?",
+        "candidates": ["A. Hello", "B. Goodbye", "C. Nothing"],
+        "answer": "A",
+    },
+    "task1": {
+        "task_domain": "Reasoning",
+        "task_type": "Causal Reasoning",
+        "question": "Why?",
+        "candidates": ["A. For joy", "B. In anger", "C. From habit", "D. By chance"],
+        "answer": "D",
+    },
+}
+
+# As derivatives have it: a record per question.
+WORLDSENSE_FLAT = {
     "index": 7,
     "video_path": "./videos/abcd.mp4",
     "subtitle_path": "./subtitles/abcd.srt",
@@ -70,8 +93,9 @@ WORLDSENSE = {
     "candidates": ["A. Hello", "B. Goodbye", "C. Nothing"],
     "answer": "A",
     "task_type": "Audio Recognition",
-    "task_domain": "Daily Life",
-    "duration": 61,
+    "task_domain": "Recognition",
+    "domain": "Daily Life",
+    "duration": "1-2min",
     "audio_class": ["Speech", "Event"],
 }
 
@@ -104,7 +128,7 @@ FILES = {
     "music-avqa": "json_update/avqa-test.json",
     "avqa": "val_qa.json",
     "video-mme": "videomme.json",
-    "worldsense": "test.json",
+    "worldsense": "worldsense_qa.json",
 }
 VIDEOS = {
     "avhbench": ("video/00001.mp4", "video/00001_swap.mp4", "video/00002.mp4"),

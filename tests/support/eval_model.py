@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fmd_ext.lab.eval.clips import Reading
 from fmd_ext.lab.eval.generation import Decoding
 from fmd_ext.lab.eval.methods import parse_methods
-from fmd_ext.lab.eval.run import Reading, Runner
+from fmd_ext.lab.eval.run import Runner
 from fmd_ext.lab.tiny import tiny_processor
 from fmd_ext.lab.tiny.processor import unreadable_tokens
 

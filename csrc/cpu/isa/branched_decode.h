@@ -10,8 +10,8 @@ void decode_chunk_panels(const BranchedAttentionParams& params, const DecodeChun
                          const DecodePartials& partials) {
   constexpr int kRows = kVectors * kLanes;
   const int64_t dim = dim_of<kHeadDim>(params.head_dim);
-  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
-  const int64_t num_rows = (chunk.group_end - chunk.group_begin) * group_size;
+  const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
+  const int64_t num_rows = (chunk.group_end - chunk.group_begin) * heads_per_kv;
   const int64_t num_panels = (num_rows + kRows - 1) / kRows;
 
   float* memory = thread_scratch(ScratchUse::kWorker,
@@ -24,8 +24,8 @@ void decode_chunk_panels(const BranchedAttentionParams& params, const DecodeChun
   for (int64_t i = 0; i < num_panels; ++i) {
     const int64_t begin = i * kRows;
     const auto row = [&](int64_t r) {
-      return QueryRow{params.qo_rows[chunk.group_begin + (begin + r) / group_size],
-                      chunk.kv_head * group_size + (begin + r) % group_size};
+      return QueryRow{params.qo_rows[chunk.group_begin + (begin + r) / heads_per_kv],
+                      chunk.kv_head * heads_per_kv + (begin + r) % heads_per_kv};
     };
     load_queries<kRows>(params, min(kRows, num_rows - begin), row, panel(i), buffer);
   }
@@ -48,8 +48,8 @@ void decode_chunk_panels(const BranchedAttentionParams& params, const DecodeChun
 
 template <int kHeadDim>
 void decode_chunk(const BranchedAttentionParams& params, const DecodeChunk& chunk, const DecodePartials& partials) {
-  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
-  if ((chunk.group_end - chunk.group_begin) * group_size <= kLanes) {
+  const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
+  if ((chunk.group_end - chunk.group_begin) * heads_per_kv <= kLanes) {
     decode_chunk_panels<kHeadDim, 1>(params, chunk, partials);
   } else {
     decode_chunk_panels<kHeadDim, kPanelVectors>(params, chunk, partials);
@@ -73,10 +73,10 @@ inline void decode_chunk_any(const BranchedAttentionParams& params, const Decode
 inline void decode_combine(const BranchedAttentionParams& params, const DecodeCombine& combine,
                            const DecodePartials& partials) {
   const int64_t dim = params.head_dim;
-  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
+  const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
   const int64_t row = params.qo_rows[combine.group];
   float* total = thread_scratch(ScratchUse::kWorker, dim);
-  for (int64_t h = 0; h < group_size; ++h) {
+  for (int64_t h = 0; h < heads_per_kv; ++h) {
     float maximum = kNoMaximum;
     for (int64_t i = 0; i < combine.num_chunks; ++i) {
       const float candidate = partials.maximum[combine.first_row[i] + h];
@@ -93,7 +93,7 @@ inline void decode_combine(const BranchedAttentionParams& params, const DecodeCo
     }
     const float inverse = denominator == 0.0f ? 0.0f : 1.0f / denominator;
     for (int64_t d = 0; d < dim; ++d) total[d] *= inverse;
-    const int64_t head = combine.kv_head * group_size + h;
+    const int64_t head = combine.kv_head * heads_per_kv + h;
     narrow(params.dtype, total,
            element(params.out, params.dtype, row * params.out_stride_row + head * params.out_stride_head), dim);
     if (params.lse != nullptr) params.lse[row * params.num_qo_heads + head] = natural_lse(maximum, denominator);

@@ -35,20 +35,20 @@ FMD_INLINE void store_panel(const BranchedAttentionParams& params, int64_t num_r
 template <int kHeadDim>
 void prefill_block(const BranchedAttentionParams& params, const PrefillBlock& block) {
   const int64_t dim = dim_of<kHeadDim>(params.head_dim);
-  const int64_t group_size = params.num_qo_heads / params.num_kv_heads;
+  const int64_t heads_per_kv = params.num_qo_heads / params.num_kv_heads;
   const int64_t first_row = params.cu_seqlens_q[block.group];
   const int64_t qo_len = params.cu_seqlens_q[block.group + 1] - first_row;
-  const Segment segment = params.segments[block.group];
-  const int64_t num_rows = block.num_queries * group_size;
+  const KeyRanges ranges = params.key_ranges[block.group];
+  const int64_t num_rows = block.num_queries * heads_per_kv;
   const int64_t num_panels = (num_rows + kPanelRows - 1) / kPanelRows;
 
   const auto row_at = [&](int64_t i) {  // rows of the block: query by query, the heads of the group inside
-    return QueryRow{params.qo_rows[first_row + block.query_begin + i / group_size],
-                    block.kv_head * group_size + i % group_size};
+    return QueryRow{params.qo_rows[first_row + block.query_begin + i / heads_per_kv],
+                    block.kv_head * heads_per_kv + i % heads_per_kv};
   };
   const auto visible_keys = [&](int64_t i) {
-    const int64_t query = block.query_begin + min(i, num_rows - 1) / group_size;
-    return segment.prefix_len + max(0, segment.kv_len - qo_len + query + 1);
+    const int64_t query = block.query_begin + min(i, num_rows - 1) / heads_per_kv;
+    return ranges.prefix_len + max(0, ranges.kv_len - qo_len + query + 1);
   };
 
   float* memory = thread_scratch(ScratchUse::kWorker,
@@ -75,10 +75,9 @@ void prefill_block(const BranchedAttentionParams& params, const PrefillBlock& bl
   for (int64_t tile_begin = 0; tile_begin < num_keys; tile_begin += kTileKeys) {
     const int64_t tile_keys = min(kTileKeys, num_keys - tile_begin);
     // Keys in order: the prefix segment, then the group's own.
-    const int64_t from_prefix = max(0, min(tile_keys, segment.prefix_len - tile_begin));
-    const SlotRun runs[2] = {
-        {segment.prefix_start + tile_begin, from_prefix},
-        {segment.kv_start + tile_begin + from_prefix - segment.prefix_len, tile_keys - from_prefix}};
+    const int64_t from_prefix = max(0, min(tile_keys, ranges.prefix_len - tile_begin));
+    const SlotRun runs[2] = {{ranges.prefix_start + tile_begin, from_prefix},
+                             {ranges.kv_start + tile_begin + from_prefix - ranges.prefix_len, tile_keys - from_prefix}};
     const Tile tile = load_tile(params, block.kv_head, runs, tile_memory);
 
     for (int64_t i = 0; i < num_panels; ++i) {

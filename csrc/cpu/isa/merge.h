@@ -1,7 +1,8 @@
 // In-place merge of pairs of hidden states.
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/rows.h"
+#include "fmd/merge.h"
 
 namespace fmd::cpu::FMD_ISA {
 
@@ -43,6 +44,10 @@ inline void merge_pairs(const MergeParams& params, int64_t pair_begin, int64_t p
                element(params.hidden, params.dtype, params.away_rows[j] * params.stride_row), params.weights[j],
                params.hidden_size);
   }
+}
+
+inline void launch_merge(const MergeParams& params, ParallelFor parallel_for) {
+  launch_rows<MergeParams, merge_pairs>(params, params.num_pairs, params.hidden_size, 32768, parallel_for);
 }
 
 }  // namespace fmd::cpu::FMD_ISA

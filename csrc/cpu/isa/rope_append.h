@@ -1,8 +1,9 @@
 // Rotary position embedding of q, and of k into its slots; v is copied.
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kernels.h"
+#include "fmd/append.h"
 
 namespace fmd::cpu::FMD_ISA {
 
@@ -10,19 +11,19 @@ namespace fmd::cpu::FMD_ISA {
 // buffer: 4 * half floats.
 inline void rotate_head(DType dtype, const void* source, void* target, const float* cos, const float* sin, int64_t half,
                         float* buffer) {
-  float *low = buffer, *high = buffer + half, *turned = buffer + 2 * half;
+  float *low = buffer, *high = buffer + half, *rotated = buffer + 2 * half;
   widen(dtype, source, low, 2 * half);
   int64_t i = 0;
   for (; i + kLanes <= half; i += kLanes) {
     const VecF a = load<VecF>(low + i), b = load<VecF>(high + i);
-    store(turned + i, a * load<VecF>(cos + i) - b * load<VecF>(sin + i));
-    store(turned + half + i, b * load<VecF>(cos + half + i) + a * load<VecF>(sin + half + i));
+    store(rotated + i, a * load<VecF>(cos + i) - b * load<VecF>(sin + i));
+    store(rotated + half + i, b * load<VecF>(cos + half + i) + a * load<VecF>(sin + half + i));
   }
   for (; i < half; ++i) {
-    turned[i] = low[i] * cos[i] - high[i] * sin[i];
-    turned[half + i] = high[i] * cos[half + i] + low[i] * sin[half + i];
+    rotated[i] = low[i] * cos[i] - high[i] * sin[i];
+    rotated[half + i] = high[i] * cos[half + i] + low[i] * sin[half + i];
   }
-  narrow(dtype, turned, target, 2 * half);
+  narrow(dtype, rotated, target, 2 * half);
 }
 
 inline void rope_append_rows(const RopeAppendParams& params, int64_t row_begin, int64_t row_end) {
@@ -49,6 +50,11 @@ inline void rope_append_rows(const RopeAppendParams& params, int64_t row_begin, 
           element(append.v, dtype, row * append.v_stride_row + head * append.v_stride_head), dim * dtype_size(dtype));
     }
   }
+}
+
+inline void launch_rope_append(const RopeAppendParams& params, ParallelFor parallel_for) {
+  const int64_t row_elements = (params.num_qo_heads + params.append.num_kv_heads) * params.append.head_dim;
+  launch_rows<RopeAppendParams, rope_append_rows>(params, params.append.num_rows, row_elements, 16384, parallel_for);
 }
 
 }  // namespace fmd::cpu::FMD_ISA

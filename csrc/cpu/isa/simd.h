@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "fmd/params.h"
+#include "fmd/types.h"
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -184,6 +184,7 @@ FMD_INLINE void store_float16(uint16_t* target, VecF value) {
 #endif
 }
 
+// In place of bytes_of(), see above.
 FMD_INLINE int64_t dtype_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 FMD_INLINE const void* element(const void* base, DType dtype, int64_t index) {

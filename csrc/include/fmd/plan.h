@@ -36,7 +36,7 @@ struct RowGroups {
 
 struct Plan {
   int64_t num_home = 0;                // home rows are rows 0 .. num_home-1, away rows follow
-  std::vector<int64_t> positions;      // [rows]: index into labels, in a padded batch sample * length + position
+  std::vector<int64_t> positions;      // [rows]: index into the labels, sample * length + position
   std::vector<int64_t> home_rows;      // [away rows]: the home row that away row num_home + j merges into
   std::vector<int64_t> away_modality;  // [away rows]: Modality of that position
   RowGroups fork;                      // layers before the merge: kNumSegments segments per sample
@@ -45,15 +45,13 @@ struct Plan {
   std::vector<int8_t> phase;           // [batch]: phases after this call
 };
 
-// Plans one forward call. labels: Modality of the samples' positions, one sample after the other; sample b is labels
-// cu_seqlens[b] .. cu_seqlens[b + 1]. A padded batch [batch, length] has cu_seqlens[b] = b * length and padding labels
-// anywhere, a packed one needs no padding. Before this call: seg_len
-// [batch, kNumSegments] keys per segment in the fork layers, trunk_len [batch] keys in the layers after the merge,
-// phase [batch]. The caller moves a sample from kUnforked to kPrefixOpen when it knows that both branch modalities
-// will occur; the planner moves it on to kForked at the first position with a branch modality.
-// Throws std::invalid_argument for an unknown label or phase, a negative length, falling cu_seqlens, or a joint
-// position with Masking::kAttention: there is no position that a branch could do without.
-Plan make_plan(const int8_t* labels, const int64_t* cu_seqlens, int64_t batch, const int64_t* seg_len,
-               const int64_t* trunk_len, const int8_t* phase, Masking masking);
+// Plans one forward call of a padded batch. labels [batch, length]: a Modality each, padding anywhere. Before this
+// call: seg_len [batch, kNumSegments] keys per segment in the fork layers, trunk_len [batch] keys in the layers after
+// the merge, phase [batch]. The caller moves a sample from kUnforked to kPrefixOpen when it knows that both branch
+// modalities will occur; the planner moves it on to kForked at the first position with a branch modality.
+// Throws std::invalid_argument for an unknown label or phase, a negative length, or a joint position with
+// Masking::kAttention: there is no position that a branch could do without.
+Plan make_plan(const int8_t* labels, int64_t batch, int64_t length, const int64_t* seg_len, const int64_t* trunk_len,
+               const int8_t* phase, Masking masking);
 
 }  // namespace fmd

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fmd_ext.adapters import PADDING, find_adapter
+from fmd_ext.compat import cache_argument, cache_of
 from fmd_ext.config import MODALITIES
+from fmd_ext.engine.forward import arguments_by_name
 from fmd_ext.lab.interception import intercepting
 from fmd_ext.patching.handle import handle_of
 
@@ -106,30 +108,31 @@ class _Forward:
         self.decoder = self.adapter.find_decoder(model)
         self.original = original
         self.method = method
-        self.parameters = list(inspect.signature(original).parameters)
+        self.signature = inspect.signature(original)
+        self.cache_name = cache_argument(self.signature)
         self.sequences: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = {**kwargs, **dict(zip(self.parameters, args, strict=False))}
-        cache = call.pop("past_key_values", None)
+        call = arguments_by_name(self.signature, args, kwargs)
+        cache = call.pop(self.cache_name, None)
         use_cache = call.pop("use_cache", None)
         sequence = self._sequence(call, cache)
         options = {name: call.pop(name) for name in list(call) if name.startswith(("output_", "return_"))}
         for name, run in sequence.runs.items():
             run.waiting.append(self.method.arguments(name, call))
         with self._attending(sequence, None):
-            out = self.original(**call, **options, past_key_values=cache, use_cache=use_cache)
+            out = self.original(**call, **options, **{self.cache_name: cache}, use_cache=use_cache)
         new = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         sequence.length += new.shape[1]
-        if getattr(out, "past_key_values", None) is not None:
-            self.sequences[out.past_key_values] = sequence
+        if (filled := cache_of(out)) is not None:
+            self.sequences[filled] = sequence
 
         def second(name: str) -> Tensor:
             run = sequence.runs[name]
             with self._attending(sequence, run):
                 for again in run.calls():
-                    logits = self.original(**again, past_key_values=run.cache, use_cache=True).logits
+                    logits = self.original(**again, **{self.cache_name: run.cache}, use_cache=True).logits
             return logits[:, -1].float()
 
         plain = out.logits[:, -1].float()

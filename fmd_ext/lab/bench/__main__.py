@@ -21,8 +21,7 @@ ATTENTION_OPS, MODEL_CALLS = (
     ("branched_prefill", "branched_decode"),
     ("model_prefill", "model_decode", "model_generate"),
 )
-FUSED_OPS = ("rope_append_", "merge_norm_")
-OPS = ("append_", *ATTENTION_OPS, "merge_", *FUSED_OPS, *MODEL_CALLS)
+OPS = ("append_", *ATTENTION_OPS, "merge_", "rope_append_", *MODEL_CALLS)
 DTYPES = ("float32", "bfloat16", "float16")
 SECONDS_PER_CASE, SECONDS_PER_QUICK_CASE = 5.0, 0.05
 WRONG_OUTPUT, USER_ERROR = 1, 2
@@ -36,7 +35,7 @@ def build_cases(workload: Workload, dtype: torch.dtype, device: torch.device, op
         (("append_",), row_cases.append_cases),
         (ATTENTION_OPS, attention_cases.cases),
         (("merge_",), row_cases.merge_cases),
-        (FUSED_OPS, fused_cases.cases),
+        (("rope_append_",), fused_cases.cases),
     )
     for names, build in builders:
         if ops.intersection(names):
@@ -75,20 +74,20 @@ def main(argv: Sequence[str] | None = None, build: Build = build_cases) -> int:
             report_of_case = run_case(case, device, args.repeats, budget)
             add_limits(report_of_case, case.work, facts["peaks"])
             facts["cases"].append(report_of_case)
+            if args.json is not None:  # after each case: what stops the next one loses nothing
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(facts, indent=1) + "\n")
             del case  # its tensors, before the next case makes its own
-    return _finish(facts, args.json)
+    return _finish(facts)
 
 
-def _finish(facts: dict[str, Any], path: Path | None) -> int:
+def _finish(facts: dict[str, Any]) -> int:
     for name, text in report.summary(facts):
         print(f"{name:<16}{text}")
     print()
     print(report.table(facts["cases"]))
     for name, reason in report.absent(facts["cases"]).items():
         print(f"absent: {name}: {reason}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1) + "\n")
     errors = [case["error"] for case in facts["cases"] if "error" in case]
     for error in errors:
         print(f"fmd_ext.lab.bench: error: {error}; no speed is reported for this case", file=sys.stderr)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmd_ext import ops
-from fmd_ext.engine.plan import AttentionStep
+from fmd_ext.engine.plan import LayerPlan
 
 from .alternatives import AttentionWork, Group, alternatives
 from .cases import Candidate, Case
@@ -19,12 +19,12 @@ from .timing import Step
 from .workload import Workload
 
 
-def groups_of(step: AttentionStep, device: torch.device) -> list[Group]:
+def groups_of(step: LayerPlan, device: torch.device) -> list[Group]:
     """The query groups of an attention step, spelt out."""
     cpu = torch.device("cpu")
     rows, bounds = step.get("qo_rows", cpu), step.get("cu_seqlens_q", cpu).tolist()
     groups = []
-    for g, (kv_start, kv_len, prefix_start, prefix_len) in enumerate(step.get("segments", cpu).tolist()):
+    for g, (kv_start, kv_len, prefix_start, prefix_len) in enumerate(step.get("key_ranges", cpu).tolist()):
         prefix = torch.arange(prefix_start, prefix_start + prefix_len)
         own = torch.arange(kv_start, kv_start + kv_len)
         slots = torch.cat([prefix, own]).to(device)
@@ -44,7 +44,7 @@ def _case(workload: Workload, plan: AttentionPlan, dtype: torch.dtype, device: t
     q = torch.randn(size.num_qo_heads, plan.num_rows, size.head_dim, device=device, dtype=dtype).transpose(0, 1)
     k, v = torch.randn(2, size.num_kv_heads, plan.num_slots, size.head_dim, device=device, dtype=dtype)
     groups = groups_of(step, device)
-    qo_rows, segments = step.get("qo_rows", device), step.get("segments", device)
+    qo_rows, segments = step.get("qo_rows", device), step.get("key_ranges", device)
     cu_seqlens_q = step.get("cu_seqlens_q", device)
 
     if plan.op == "branched_decode":
@@ -83,10 +83,10 @@ def eager_attention(
 ) -> Tensor:
     """Masked softmax attention, group by group: q [rows, heads, head_dim], pools [kv_heads, slots, head_dim]."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    group_size = q.shape[1] // k.shape[0]
+    heads_per_kv = q.shape[1] // k.shape[0]
     for group, visible in zip(groups, masks, strict=True):
-        keys = k[:, group.slots].repeat_interleave(group_size, dim=0)
-        values = v[:, group.slots].repeat_interleave(group_size, dim=0)
+        keys = k[:, group.slots].repeat_interleave(heads_per_kv, dim=0)
+        values = v[:, group.slots].repeat_interleave(heads_per_kv, dim=0)
         scores = q[group.rows].transpose(0, 1) @ keys.transpose(1, 2) * scale
         if visible is not None:
             scores.masked_fill_(~visible, -torch.inf)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 import fmd_ext
 from fmd_ext import FMDConfig
 from fmd_ext.adapters import AUDIO, VISUAL, find_adapter
+from fmd_ext.compat import cache_kwargs
 from fmd_ext.config import AUTO, MASKINGS, MODALITIES
 from fmd_ext.engine.reference import reference_hidden
 
@@ -85,7 +86,7 @@ def _ways(model: nn.Module, fork_layers: int) -> Iterator[Way]:
         return FMDConfig(**given).resolve(FMDConfig(), len(find_adapter(model).find_decoder(model).layers))
 
     def vanilla(embeds: Tensor, labels: Tensor, caches: Caches) -> Tensor:
-        return model(inputs_embeds=embeds, past_key_values=caches[0], use_cache=True).logits
+        return model(inputs_embeds=embeds, **cache_kwargs(caches[0]), use_cache=True).logits
 
     yield Way("vanilla", 1, vanilla, settings(fork_layers=0))
     for masking in reversed(MASKINGS):
@@ -104,7 +105,7 @@ def _patched(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, C
     def call(embeds: Tensor, labels: Tensor, caches: Caches) -> Tensor:
         past = caches[0].get_seq_length()
         given = {"modality_labels": labels} if past == 0 else {}  # what comes later is text, without labels
-        return patched(inputs_embeds=embeds, past_key_values=caches[0], use_cache=True, **given).logits
+        return patched(inputs_embeds=embeds, **cache_kwargs(caches[0]), use_cache=True, **given).logits
 
     return call
 
@@ -139,7 +140,7 @@ def _chosen_alpha(model: nn.Module, config: FMDConfig, embeds: Tensor, labels: T
     patched = sharing_weights(model)
     handle = fmd_ext.patch(patched, config)
     patched(inputs_embeds=embeds[:, :-1], modality_labels=labels[:, :-1])
-    return dict(zip(MODALITIES, handle.last_plan.home_weights[0, VISUAL : AUDIO + 1].tolist(), strict=True))
+    return dict(zip(MODALITIES, handle.last_call.home_weights[0, VISUAL : AUDIO + 1].tolist(), strict=True))
 
 
 def _reference(exact: Tensor, plain: Tensor | None) -> Reference:
@@ -179,7 +180,7 @@ def _static_decode(model: nn.Module, way: Way, embeds: Tensor, labels: Tensor, l
     patched = sharing_weights(model)
     runner = fmd_ext.patch(patched, way.config, runner=True).runner
     length, cache, token = embeds.shape[1] - 1, DynamicCache(), TOKEN.to(embeds.device)
-    patched(inputs_embeds=embeds[:, :-1], past_key_values=cache, modality_labels=labels[:, :-1])
+    patched(inputs_embeds=embeds[:, :-1], **cache_kwargs(cache), modality_labels=labels[:, :-1])
     call = {"input_ids": token, "position_ids": torch.full_like(token, length), "use_cache": True}
     decoding = runner.begin(patched, cache, call, remaining=1)
 
@@ -236,10 +237,10 @@ def _generate(way: Way, model: nn.Module, call: dict[str, Any], reference: Refer
 
     def prefill() -> None:
         caches[:] = [DynamicCache()]
-        model(inputs_embeds=call["inputs_embeds"][:, :-1], past_key_values=caches[0], use_cache=True, **labels)
+        model(inputs_embeds=call["inputs_embeds"][:, :-1], **cache_kwargs(caches[0]), use_cache=True, **labels)
 
     def run() -> Any:
-        return model.generate(**call, past_key_values=caches[0])
+        return model.generate(**call, **cache_kwargs(caches[0]))
 
     def output(out: Any) -> list[Tensor]:
         return [out.sequences, torch.stack(out.logits, dim=1)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2_5OmniThinkerForConditionalGeneration
 
 from fmd_ext.adapters import AUDIO, TEXT, VISUAL, find_adapter
+from fmd_ext.compat import cache_kwargs
 from fmd_ext.config import FMDConfig
 from fmd_ext.lab.tiny.model import tiny_thinker_config
 
@@ -66,7 +67,7 @@ class TwoPasses:
         def layers(hidden: Tensor, cache: DynamicCache, begin: int, end: int) -> Tensor:
             for layer in self.decoder.layers[begin:end]:
                 hidden = layer(
-                    hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True
+                    hidden, attention_mask=None, position_embeddings=rotary, **cache_kwargs(cache), use_cache=True
                 )
             return hidden
 

@@ -26,8 +26,7 @@ that of the unpatched one) at the copy bandwidth and matrix rate measured in the
 
 * `fmd_ext` works on packed rows and slot pools; `merged` is attention after the merge, where there is one branch.
 * `eager PyTorch` is index arithmetic, masked softmax and concatenation on the same packed rows.
-* `rope_append_` and `merge_norm_` join steps, rotation and append, merge and norm: the other candidates take them one
-  by one. The patched decoder runs the model's own code, which takes these steps itself.
+* `rope_append_` joins rotation and append; its other candidates take these steps one by one.
 * `SDPA per branch` calls `scaled_dot_product_attention` once per branch, on inputs gathered before the clock starts.
   On a GPU its flash and cuDNN backends are forced as well, and compiled FlexAttention with a block mask, flash-attn and
   FlashInfer run where they are installed and take the shapes.

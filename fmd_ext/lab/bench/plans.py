@@ -10,7 +10,8 @@ import numpy as np
 from fmd_ext import FMDConfig
 from fmd_ext.config import MASKINGS
 from fmd_ext.engine.cache import BranchedState
-from fmd_ext.engine.plan import AttentionStep, StepPlan
+from fmd_ext.engine.plan import LayerPlan, Plan
+from fmd_ext.engine.session import Session
 
 from .workload import Workload
 
@@ -20,7 +21,7 @@ class CallPlan:
     """One forward call of the model: ``phase`` is ``prefill`` (the prompt) or ``decode`` (one token after it)."""
 
     phase: str
-    plan: StepPlan
+    plan: Plan
     fork_slots: int
     trunk_slots: int
 
@@ -31,7 +32,7 @@ class AttentionPlan:
 
     op: str
     variant: str
-    step: AttentionStep
+    step: LayerPlan
     num_rows: int
     num_slots: int
 
@@ -40,10 +41,11 @@ def call_plans(workload: Workload, masking: str) -> Iterator[CallPlan]:
     """The plans of prefill and of the first decode step."""
     config = FMDConfig(fork_layers=workload.size.fork_layers, masking=masking)
     config = config.resolve(FMDConfig(), workload.size.num_layers)
-    state = BranchedState("benchmark", config, workload.size.num_layers)
+    session = Session(config)
+    state = BranchedState(session, workload.size.num_layers)
     for phase, labels in (("prefill", workload.prompt.labels), ("decode", np.zeros((1, 1), np.int8))):
-        plan = state.make_plan(labels)
-        state.commit()
+        plan = state.plan_call(labels)
+        state.commit(session.open_call(plan, labels, state))
         yield CallPlan(phase, plan, state.fork_table.num_slots, state.trunk_table.num_slots)
 
 

@@ -39,7 +39,7 @@ def _append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device:
     expected = pools.double()
     for row, slot in enumerate(slots.tolist()):
         expected[:, :, slot] = new[:, :, row].double()
-    segments = call.plan.fork.get("segments", torch.device("cpu"))
+    segments = call.plan.fork.get("key_ranges", torch.device("cpu"))
     held = int(segments[:, 1].sum() + segments[:, 3].max()) - num_rows if call.phase == "decode" else 0
     cached = torch.randn(2, size.num_kv_heads, held, size.head_dim, device=device, dtype=dtype)
 

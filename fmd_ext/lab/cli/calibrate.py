@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.table
+import torch
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from fmd_ext.cli import show
@@ -17,8 +19,7 @@ from fmd_ext.cli.answer import config_from
 from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import AUTO, FMDConfig
-from fmd_ext.inputs.chat import load_clip_for, prepare_inputs, to_device
-from fmd_ext.inputs.media import MediaError
+from fmd_ext.inputs.chat import to_device
 from fmd_ext.lab.calibration import (
     AlphaEstimate,
     DepthScore,
@@ -27,14 +28,21 @@ from fmd_ext.lab.calibration import (
     choose_depth,
     estimate_alpha,
     read_prompt,
+    split_by_video,
 )
 from fmd_ext.lab.cli.eval import reading_from, run_settings
-from fmd_ext.lab.eval.benchmarks import DataError, Loaded, load, select
-from fmd_ext.lab.eval.generation import Decoding
+from fmd_ext.lab.cli.questions import load_questions, usable
+from fmd_ext.lab.eval.benchmarks import Loaded
+from fmd_ext.lab.eval.clips import ClipInputs, Reading, reason_of
+from fmd_ext.lab.eval.generation import Decoding, token_limits
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
-from fmd_ext.lab.eval.run import Reading, Runner
+from fmd_ext.lab.eval.run import Runner
+from fmd_ext.lab.eval.scores import ALL, evaluate
+from fmd_ext.lab.eval.statistics import require_scipy
+from fmd_ext.lab.eval.tables import Table
+from fmd_ext.lab.eval.wording import against, percent
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,21 +51,20 @@ def run(args: argparse.Namespace) -> int:
     if not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {Path(args.out).absolute().parent}")
     with blaming_input(ImportError):
-        from fmd_ext.lab.eval.scores import evaluate  # needs scipy
+        require_scipy()
     if args.plots is not None:
         from fmd_ext.lab.plotting import matplotlib_
 
         with blaming_input(ImportError):
             matplotlib_()
-    with blaming_input(DataError, ValueError, OSError):
-        loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
-    there = [item for item in loaded.items if item.path is not None]
-    if not there:
-        raise UserError("none of the questions has a video")
-    measured = select(there, limit=args.samples)
-    chosen = {item.id for item in measured}
-    validation = [item for item in there if item.id not in chosen and item.kind != "caption"]
-    validation = select(validation, limit=args.validation) if args.validation and validation else []
+    loaded = load_questions(args)
+    questions = [item for item in usable(args, loaded, loaded.items) if item.kind != "caption"]
+    measured, validation = split_by_video(questions, args.samples, args.validation)
+    if not measured:
+        raise UserError("none of the questions has a yes, a choice or a word for an answer: alpha is measured on these")
+    for what, part, asked in (("--samples", measured, args.samples), ("--validation", validation, args.validation)):
+        if len(part) < asked:
+            show.note(f"{what} {asked}: {len(part)} questions, since the two share no video")
 
     model = load_model(args.model, args.dtype, args.device)
     if model.is_random:
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         estimates = {depth: estimate_alpha(readings, depth) for depth in depths}
     scores: list[DepthScore] = []
     table = None
-    if len(depths) > 1:
+    if validation:
         choices = [_choice(config, estimates[depth]) for depth in depths]
         results = _answer(args, loaded, model, validation, [*parse_methods("vanilla"), *choices], reading)
         with blaming_input(ResultsError):
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     depth = choose_depth(scores).fork_layers if scores else depths[0]
     found = config.replace(fork_layers=depth, alpha=estimates[depth].alpha, masking="zero")
     _print(estimates, scores, table, depth)
+    accuracy = None if table is None else _against_vanilla(table, _choice(config, estimates[depth]))
     record = {
         "model": model.name,
         "random_weights": model.is_random,
@@ -87,16 +95,40 @@ def run(args: argparse.Namespace) -> int:
         "alpha": [dataclasses.asdict(estimate) for estimate in estimates.values()],
         "alpha_of_prompts": [list(reading.alpha(depth).values()) for reading in readings],
         "depths": [dataclasses.asdict(score) for score in scores],
+        "accuracy": accuracy,
+        "videos": {name: _videos(part) for name, part in (("measured", measured), ("validated", validation))},
         "measured_on": [item.id for item in measured],
-        "validated_on": [item.id for item in validation] if scores else [],
+        "validated_on": [item.id for item in validation],
     }
     with blaming_input(OSError):
         found.to_file(args.out, calibration=record)
         if args.plots is not None:
             methods = {own: _choice(config, estimate).name for own, estimate in estimates.items()}
-            _plot(Path(args.plots), readings, depth, table, methods)
+            _plot(Path(args.plots), readings, depth, table if len(depths) > 1 else None, methods)
     print(f"settings: {args.out}")
     return 0
+
+
+def _videos(items: list[Item]) -> list[str]:
+    return sorted({item.video for item in items})
+
+
+def _against_vanilla(table: Table, choice: Choice) -> dict[str, Any]:
+    """Accuracy of vanilla and of the choice on the validation questions; a note where vanilla is better."""
+    cells = table.rows[ALL]
+    vanilla, chosen = cells["vanilla"], cells[choice.name]
+    if chosen.accuracy.value < vanilla.accuracy.value:
+        show.note(
+            f"vanilla decoding is better on the validation questions: {percent(vanilla.accuracy)} % against "
+            f"{percent(chosen.accuracy)} %; difference {against(chosen)}"
+        )
+    return {
+        "vanilla": vanilla.accuracy.value,
+        "chosen": chosen.accuracy.value,
+        "difference": dataclasses.asdict(chosen.comparison.difference),
+        "p_value": chosen.comparison.p_value,
+        "vanilla_is_better": chosen.accuracy.value < vanilla.accuracy.value,
+    }
 
 
 def _refuse(config: FMDConfig) -> None:
@@ -125,26 +157,25 @@ def _depths(args: argparse.Namespace, config: FMDConfig, model: LoadedModel, can
 
 
 def _read(model: LoadedModel, items: list[Item], reading: Reading, mask_scale: float) -> list[PromptReading]:
-    readings = []
-    for item in tqdm(items, desc="reading prompts", unit="prompt"):
-        try:
-            rates = {"fps": reading.fps, "max_frames": reading.max_frames}
-            clip = load_clip_for(model.processor, item.path, progress=False, **rates)
-        except (MediaError, OSError) as error:
-            show.note(f"{item.path} is left out: {error}")
-            continue
-        with notes_from_warnings(), blaming_input(ValueError):
-            inputs = prepare_inputs(
-                model.processor,
-                clip,
-                item.prompt,
-                use_audio_in_video=reading.interleaved,
-                frame_pixels=reading.frame_pixels,
-            )
-        inputs = to_device(inputs, model.model.device)
-        own = read_prompt(model.model, inputs, mask_scale=mask_scale, cluster=item.video)
-        if own is not None:
-            readings.append(own)
+    """Of the prompts that fork; one that cannot be read is left out, with a note."""
+
+    def refuse(width: int, _: Sequence[Item]) -> str | None:
+        limit = model.context_limit
+        return f"prompt of {width} tokens exceeds the model's limit of {limit}" if limit and width > limit else None
+
+    clips, readings = ClipInputs(model.processor, reading, refuse), []
+    for item in tqdm(items, desc="reading prompts", unit="prompt", disable=None):
+        (group,) = clips.prepare([item])
+        error = group.error
+        if group.inputs is not None:
+            try:
+                inputs = to_device(group.inputs, model.model.device)
+                own = read_prompt(model.model, inputs, mask_scale=mask_scale, cluster=item.video)
+                readings += [own] * (own is not None)
+            except (torch.OutOfMemoryError, ValueError) as failure:
+                error = reason_of(failure)
+        if error:
+            show.note(f"{item.id} is left out: {error}")
     return readings
 
 
@@ -170,26 +201,27 @@ def _answer(
         model.processor,
         choices,
         results,
-        limits=dict(loaded.benchmark.max_new_tokens),
+        limits=token_limits(model.processor, loaded.benchmark.max_new_tokens),
         decoding=decoding,
         reading=reading,
         context_limit=model.context_limit,
     )
     with blaming_input(ResultsError, ValueError, TypeError, OSError), notes_from_warnings():
         settings = run_settings(args, loaded, model, decoding, reading)
-        results.begin({**settings, "chosen": [item.id for item in items]}, loaded.items)
-        runner.run(items, batch_size=args.batch_size)
+        with results.at_work({**settings, "chosen": [item.id for item in items]}, loaded.items):
+            results.record_selection(items)
+            runner.run(items, batch_size=args.batch_size)
     return results
 
 
 def _score(depth: int, table: Any, choice: Choice) -> DepthScore:
-    accuracy = table.rows["all"][choice.name].accuracy
+    accuracy = table.rows[ALL][choice.name].accuracy
     return DepthScore(depth, accuracy.value, accuracy.standard_error)
 
 
 def _print(estimates: dict[int, AlphaEstimate], scores: list[DepthScore], accuracies: Any, depth: int) -> None:
     rests_on = next(iter(estimates.values()))
-    table = Table(
+    table = rich.table.Table(
         title=f"alpha on {rests_on.num_prompts} prompts about {rests_on.num_clusters} videos, with 95 % intervals",
         title_justify="left",
     )
@@ -204,7 +236,7 @@ def _print(estimates: dict[int, AlphaEstimate], scores: list[DepthScore], accura
         right = "" if score is None else f"{score.accuracy:.1%} ± {score.standard_error:.1%}"
         table.add_row(str(layers), *alphas, right, "chosen" if layers == depth else "")
     if accuracies is not None:
-        vanilla = accuracies.rows["all"]["vanilla"].accuracy
+        vanilla = accuracies.rows[ALL]["vanilla"].accuracy
         table.add_row("vanilla", "", "", f"{vanilla.value:.1%} ± {vanilla.standard_error:.1%}", "")
     Console(width=110).print(table)
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +22,66 @@ from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.hardware import cpu_model
-from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, load, select
-from fmd_ext.lab.eval.generation import Decoding
+from fmd_ext.lab.cli.questions import choose, held_out, ids_of, load_questions, usable
+from fmd_ext.lab.cli.scores import show_evaluation, show_speed
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, unreadable
+from fmd_ext.lab.eval.clips import Reading
+from fmd_ext.lab.eval.generation import Decoding, checkpoint_settings, settings_in_force, token_limits
+from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
-from fmd_ext.lab.eval.run import Reading, Runner, rank_and_size
+from fmd_ext.lab.eval.run import DeviceLost, Runner, rank_and_size
+from fmd_ext.lab.eval.scores import evaluate, write_scores
 from fmd_ext.lab.eval.speed import measure, read_speed, write_speed
+from fmd_ext.lab.eval.statistics import require_scipy
 
 
 def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list()
-    try:
-        import fmd_ext.lab.eval.scores  # noqa: F401  fails here, not after hours of answers
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    with blaming_input(ImportError):
+        require_scipy()
     if args.score_only:
         if args.output is None:
             raise UserError("--score-only needs the results folder: --output FOLDER")
         return _score(args, Results(args.output))
     if args.benchmark is None or args.data is None:
         raise UserError("--benchmark and --data say what to ask (or --score-only, --list)")
-    with blaming_input(DataError, ValueError, OSError):
-        loaded = load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
-        items = select(loaded.items, limit=args.limit, ids=args.item, categories=args.category)
+    loaded = load_questions(args)
+    items, calibration = held_out(args, loaded, choose(args, loaded.items))
+    with blaming_input(ValueError, OSError):
         choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
-        decoding = Decoding(args.temperature, args.top_p, args.samples, args.seed, args.max_new_tokens)
+        decoding = Decoding(
+            args.temperature, args.top_p, args.samples, args.seed, args.max_new_tokens, args.generation_config
+        )
         rank, size = rank_and_size()
     if rank == 0:
         print("\n".join(loaded.report()))
     if args.check:
-        return 1 if loaded.missing or loaded.malformed else 0
-    there = [item for item in items if item.path is not None]
-    if len(there) < len(items) and not args.allow_missing:
-        lacking = sorted({item.video for item in items if item.path is None})
-        raise UserError(
-            f"{len(lacking)} videos are missing, among them {lacking[0]}: --check lists them, --allow-missing leaves "
-            "their questions out"
-        )
-    if not there:
-        raise UserError("none of the chosen questions has a video")
-    return _answer(args, loaded, there, choices, decoding, rank, size)
+        return _check(loaded, items)
+    return _answer(args, loaded, usable(args, loaded, items), calibration, choices, decoding, rank, size)
+
+
+def _check(loaded: Loaded, items: list[Item]) -> int:
+    broken = unreadable(items, progress=True)
+    if broken:
+        print("\n".join([f"{len(broken)} files that cannot be opened:", *(f"  {line}" for line in broken)]))
+    return 1 if loaded.missing or loaded.malformed or broken else 0
 
 
 def _answer(
     args: argparse.Namespace,
     loaded: Loaded,
-    items: list,
+    items: list[Item],
+    calibration: Mapping[str, Any],
     choices: list[Choice],
     decoding: Decoding,
     rank: int,
     size: int,
 ) -> int:
     model = load_model(args.model, args.dtype, _device(args.device, size))
-    if model.is_random and rank == 0:
-        show.note("this model's weights are random: its answers mean nothing")
+    if rank == 0:
+        _tell_about(model, decoding)
     choices = [choice.with_defaults(_given(model.settings)) for choice in choices]
     reading = reading_from(args)
     name = re.sub(r"[^\w.-]+", "-", Path(args.model).name if args.model else "built-in")
@@ -85,33 +91,54 @@ def _answer(
         model.processor,
         choices,
         results,
-        limits=loaded.benchmark.max_new_tokens,
+        limits=token_limits(model.processor, loaded.benchmark.max_new_tokens),
         decoding=decoding,
         reading=reading,
         context_limit=model.context_limit,
     )
-    with blaming_input(ResultsError, ValueError, TypeError, OSError), notes_from_warnings():
+    with blaming_input(ResultsError, ValueError, TypeError, OSError, DeviceLost), notes_from_warnings():
         in_force = {}
         for choice in choices:  # a setting out of range is found before the first question
             with choice.applied(model.model) as settings:
                 in_force[choice.name] = settings
-        results.begin(run_settings(args, loaded, model, decoding, reading), loaded.items)
-        results.begin_methods(in_force)
-        runner.run(items, batch_size=args.batch_size, rank=rank, size=size, progress=not args.quiet)
+        with results.at_work(run_settings(args, loaded, model, decoding, reading), loaded.items, in_force):
+            if rank == 0:
+                results.record_selection(items, ids_of(args.exclude), calibration)
+            runner.run(
+                items,
+                batch_size=args.batch_size,
+                rank=rank,
+                size=size,
+                progress=not args.quiet,
+                retry_failed=args.retry_failed,
+            )
     if rank != 0:
         return 0
+    failed = {p.item for p in results.predictions().values() if p.error is not None} & {item.id for item in items}
     if args.speed:
+        timed = [item for item in items if item.id not in failed][: args.speed]
         with blaming_input(ValueError, OSError), notes_from_warnings():
-            write_speed(results, measure(runner, items[: args.speed]))
-    return _score(args, results)
+            write_speed(results, measure(runner, timed))
+    _score(args, results)
+    if failed:
+        show.note(f"{len(failed)} questions failed, their reasons are above; --retry-failed asks them again")
+    return 1 if failed else 0
+
+
+def _tell_about(model: LoadedModel, decoding: Decoding) -> None:
+    if model.is_random:
+        show.note("this model's weights are random: its answers mean nothing")
+    own = checkpoint_settings(model.model)
+    if own and decoding.generation_config == "neutral":
+        listed = ", ".join(f"{name}={value}" for name, value in own.items())
+        show.note(
+            f"the checkpoint's generation_config has no effect here: {listed} (--generation-config model: it has)"
+        )
 
 
 def _score(args: argparse.Namespace, results: Results) -> int:
-    from fmd_ext.lab.cli.scores import show_evaluation, show_speed  # scipy is an extra that --list does not need
-    from fmd_ext.lab.eval.scores import evaluate, write_scores
-
     with blaming_input(ResultsError, DataError, OSError):
-        evaluation = evaluate(results, baseline=args.baseline)
+        evaluation = evaluate(results, baseline=args.baseline, protocol=args.protocol)
         write_scores(results, evaluation)
     console = Console()
     if not console.is_terminal:  # in a file nothing needs to be squeezed into 80 columns
@@ -154,6 +181,8 @@ def run_settings(
         "model": model.name,
         "dtype": str(model.model.dtype).removeprefix("torch."),
         "decoding": vars(decoding),
+        "generation": settings_in_force(model.model, decoding),
+        "max_new_tokens": token_limits(model.processor, loaded.benchmark.max_new_tokens),
         "reading": vars(reading),
         "batch_size": args.batch_size,
         "about": {
@@ -162,6 +191,12 @@ def run_settings(
             "model_type": model.model.config.model_type,
             "model_revision": getattr(model.model.config, "_commit_hash", None),
             "random_weights": model.is_random,
+            "checkpoint_generation_config": checkpoint_settings(model.model),
+            "questions": {
+                "found": len(loaded.items),
+                "doubled": len(loaded.doubled),
+                "published": loaded.count_report(),
+            },
             "excluded": {"malformed": len(loaded.malformed), "missing_videos": len(loaded.missing)},
             "versions": {"python": platform.python_version(), **versions},
             "machine": gpu or cpu_model(),

@@ -9,42 +9,52 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fmd_ext.lab.eval import scores
+from fmd_ext.lab.eval import tables
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS
 from fmd_ext.lab.eval.scores import ALL, Evaluation
-from fmd_ext.lab.eval.wording import against, percent, ratio
+from fmd_ext.lab.eval.wording import against, caption_against, caption_score, percent, ratio, short_names
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    unanswered = evaluation.num_items - evaluation.num_answered
-    more = f" ({unanswered} are not answered by every method, and left out)" if unanswered else ""
-    console.print(f"{evaluation.num_answered} questions scored{more}", highlight=False)
-    for reason, count in evaluation.errors.items():
-        console.print(f"{count} without an answer: {reason}", markup=False, highlight=False, soft_wrap=True)
+    """All of it; methods by their short names, which the first lines explain."""
+    names = short_names(evaluation.methods)
+    for method, name in names.items():
+        if name != method:
+            console.print(f"{name} = {method}", markup=False, highlight=False, soft_wrap=True)
+    if evaluation.protocol != "ours":
+        console.print(f"answers read by: {BENCHMARKS[evaluation.settings['benchmark']].official.source}", markup=False)
+    for line in evaluation.counts.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for kind, by_method in evaluation.counts.notes.items():
+        counts = ", ".join(f"{count} by {names[method]}" for method, count in by_method.items())
+        console.print(f"{kind}: {counts}", markup=False, highlight=False, soft_wrap=True)
     for table in evaluation.tables:
-        _show_accuracy(console, evaluation, table)
+        _show_accuracy(console, evaluation, table, names)
     if any(cell.yes_no for table in evaluation.tables for row in table.rows.values() for cell in row.values()):
-        _show_yes_no(console, evaluation)
+        _show_yes_no(console, evaluation, names)
     for category, by_method in evaluation.averages.items():
-        values = ", ".join(f"{method} {percent(estimate)}" for method, estimate in by_method.items())
+        values = ", ".join(f"{names[method]} {percent(estimate)}" for method, estimate in by_method.items())
         console.print(f"mean over {category}: {values}", markup=False, highlight=False)
     for method, found in evaluation.captions.items():
-        said = found if isinstance(found, str) else ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        console.print(f"captions, {method}: {said}", markup=False, highlight=False)
+        cells = {"": found} if isinstance(found, str) else found
+        for metric, cell in cells.items():
+            parts = [cell] if isinstance(cell, str) else [f"{metric} {caption_score(cell)}", caption_against(cell)]
+            console.print(f"captions, {names[method]}: {'; '.join(filter(None, parts))}", markup=False, highlight=False)
     for method, gain in evaluation.detectable.items():
         if math.isfinite(gain):
             console.print(
-                f"these items show a gain of {100 * gain:.1f} points of {method} over {evaluation.baseline} "
-                "in 4 of 5 evaluations",
+                f"these items show a gain of {100 * gain:.1f} points of {names[method]} over "
+                f"{names[evaluation.baseline]} in 4 of 5 evaluations",
                 markup=False,
                 highlight=False,
             )
-    _show_speed(console, evaluation)
+    _show_speed(console, evaluation, names)
 
 
-def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table) -> None:
+def _show_accuracy(console: Console, evaluation: Evaluation, table: tables.Table, names: dict[str, str]) -> None:
     title = "accuracy, % (95 % interval over videos)" if table.category == ALL else f"accuracy by {table.category}, %"
     shown = Table(title=title, title_justify="left")
-    for name in ("", "items", "method", "accuracy", f"against {escape(evaluation.baseline)}", "unparsed"):
+    for name in ("", "items", "method", "accuracy", f"against {escape(names[evaluation.baseline])}", "unparsed"):
         shown.add_column(name, justify="right" if name in ("items", "unparsed") else "left", no_wrap=name == "method")
     for value, cells in table.rows.items():
         for method, cell in cells.items():
@@ -52,7 +62,7 @@ def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table
             shown.add_row(
                 escape(value) if first else "",
                 str(cell.accuracy.num_items) if first else "",
-                escape(method),
+                escape(names[method]),
                 percent(cell.accuracy),
                 against(cell),
                 f"{100 * cell.unparsed:.1f}",
@@ -61,7 +71,7 @@ def _show_accuracy(console: Console, evaluation: Evaluation, table: scores.Table
     console.print(shown)
 
 
-def _show_yes_no(console: Console, evaluation: Evaluation) -> None:
+def _show_yes_no(console: Console, evaluation: Evaluation, names: dict[str, str]) -> None:
     shown = Table(title='questions with "yes" or "no", %', title_justify="left")
     for name in ("", "method", "precision", "recall", "F1", "yes"):
         shown.add_column(name, no_wrap=name == "method")
@@ -72,7 +82,7 @@ def _show_yes_no(console: Console, evaluation: Evaluation) -> None:
                     names = ("precision", "recall", "f1", "yes_rate")
                     shown.add_row(
                         escape(value) if method == evaluation.baseline else "",
-                        escape(method),
+                        escape(names[method]),
                         *(percent(cell.yes_no[name]) for name in names),
                     )
     console.print(shown)
@@ -80,6 +90,7 @@ def _show_yes_no(console: Console, evaluation: Evaluation) -> None:
 
 def show_speed(console: Console, speed: dict[str, Any]) -> None:
     """What `fmd_ext.lab.eval.speed.measure` gave."""
+    names = short_names(list(speed["methods"]))
     title = f"speed: {speed['items']} prompts of about {speed['prompt_tokens']:.0f} tokens, {speed['tokens']} new ones"
     shown = Table(title=title, title_justify="left")
     for name in ("", "first token", "ratio (quartiles)", "tokens/s after it", "ratio (quartiles)", "peak memory"):
@@ -88,17 +99,23 @@ def show_speed(console: Console, speed: dict[str, Any]) -> None:
         ratios = [ratio(row[name]) for name in ("first_token_ratio", "tokens_per_s_ratio")]
         memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB"
         first, rate = f"{1000 * row['first_token_s']:.0f} ms", f"{row['tokens_per_s']:.1f}"
-        shown.add_row(escape(method), first, ratios[0], rate, ratios[1], memory)
+        shown.add_row(escape(names[method]), first, ratios[0], rate, ratios[1], memory)
     console.print(shown)
 
 
-def _show_speed(console: Console, evaluation: Evaluation) -> None:
+def _show_speed(console: Console, evaluation: Evaluation, names: dict[str, str]) -> None:
     shown = Table(title="time in this run (medians; the ratio is of the same batch)", title_justify="left")
-    for name in ("", "first token", f"over {escape(evaluation.baseline)}", "seconds per answer", "tokens per answer"):
+    for name in (
+        "",
+        "first token",
+        f"over {escape(names[evaluation.baseline])}",
+        "seconds per answer",
+        "tokens per answer",
+    ):
         shown.add_column(name, justify="right" if name else "left")
     for method, speed in evaluation.speed.items():
         shown.add_row(
-            escape(method),
+            escape(names[method]),
             f"{1000 * speed['first_token_s']:.0f} ms",
             f"{speed['first_token_ratio']:.2f}",
             f"{speed['seconds_per_answer']:.2f}",

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fmd_ext.adapters import AUDIO, JOINT, LABELS, PADDING, TEXT, find_adapter
-from fmd_ext.engine.plan import StepPlan
+from fmd_ext.engine.call import Call
+from fmd_ext.engine.session import Session
 from fmd_ext.lab.interception import intercepting
 from fmd_ext.patching.handle import handle_of
 
@@ -86,7 +87,7 @@ def attention_share(model: nn.Module, inputs: dict[str, Any], position: int = -1
     length = len(labels)
     if not -length <= position < length or labels[position] == PADDING:
         raise ValueError(f"position {position} is no token of the sample, which has {length} positions")
-    recorder = _Recorder(labels, position % length)
+    recorder = _Recorder(labels, position % length, None if handle is None else handle.session)
     if handle is None:
         inputs = {name: value for name, value in inputs.items() if name != "modality_labels"}
     with intercepting(adapter.find_decoder(model), adapter.attention, recorder):
@@ -117,16 +118,17 @@ def _labels(model: nn.Module, adapter: Any, inputs: dict[str, Any]) -> np.ndarra
 
 
 class _Recorder:
-    def __init__(self, labels: np.ndarray, position: int) -> None:
+    def __init__(self, labels: np.ndarray, position: int, session: Session | None) -> None:
+        self.session = session
         self.labels = labels
         self.position = position
         self.shares: list[LayerShare] = []
 
     def __call__(self, attend: Any, module: nn.Module, query: Any, key: Any, value: Any, mask: Any, scale: float, **kw):
         """Records, then does what the module's own attention function does; see `intercepting`."""
-        plan = kw.get("fmd_plan")
-        if plan is not None:
-            self.packed(module.layer_idx, query, key, plan, scale)
+        call = None if self.session is None else self.session.call
+        if call is not None:
+            self.packed(module.layer_idx, query, key, call, scale)
         else:
             self.dense(module.layer_idx, query, key, mask, scale)
         return attend(module, query, key, value, mask, scaling=scale, **kw)
@@ -142,23 +144,22 @@ class _Recorder:
         weights = _row_weights(query[0, :, self.position], key[0], slots, scaling, bias)
         self._add(layer, "all", weights, self.labels[slots.numpy()])
 
-    def packed(self, layer: int, query: torch.Tensor, pool: torch.Tensor, plan: StepPlan, scaling: float) -> None:
+    def packed(self, layer: int, query: torch.Tensor, pool: torch.Tensor, call: Call, scaling: float) -> None:
         """query [1, num_qo_heads, rows, head_dim], pool [num_kv_heads, num_slots, head_dim]."""
-        step = plan.attention_for(layer)
-        host = torch.device("cpu")
-        qo_rows, cu_seqlens, segments, slots = (
-            step.get(name, host).numpy() for name in ("qo_rows", "cu_seqlens_q", "segments", "slots")
+        plan, attention, host = call.plan, call.layer_plan(layer), torch.device("cpu")
+        qo_rows, cu_seqlens, key_ranges, slots = (
+            attention.get(name, host).numpy() for name in ("qo_rows", "cu_seqlens_q", "key_ranges", "slots")
         )
         label_of_slot = np.full(pool.shape[1], PADDING, np.int8)
         label_of_slot[slots] = self.labels[plan.positions[: len(slots)]]
         home = int(np.flatnonzero(plan.positions[: plan.num_home] == self.position)[0])
         branch_of = {home: "all"}
-        if layer < plan.fork_layers and plan.forked[0]:
+        if call.is_forked(layer) and plan.forked[0]:
             branch_of = self._branches(home, (plan.num_home + np.flatnonzero(plan.home_rows == home)).tolist())
         for row, branch in branch_of.items():
             place = int(np.flatnonzero(qo_rows == row)[0])
             group = int(np.searchsorted(cu_seqlens, place, side="right")) - 1
-            kv_start, kv_len, prefix_start, prefix_len = segments[group].tolist()
+            kv_start, kv_len, prefix_start, prefix_len = key_ranges[group].tolist()
             unseen = int(cu_seqlens[group + 1]) - place - 1  # keys of the group's later queries
             seen = np.r_[prefix_start : prefix_start + prefix_len, kv_start : kv_start + kv_len - unseen]
             weights = _row_weights(query[0, :, row], pool, torch.from_numpy(seen), scaling)

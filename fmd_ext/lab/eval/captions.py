@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 
+import numpy as np
 
-def caption_scores(references: Sequence[str], captions: Sequence[str]) -> dict[str, float] | str:
-    """Scores over the whole corpus: ``{"METEOR": ..., "CIDEr": ...}``, or why they cannot be computed.
+
+@dataclasses.dataclass(frozen=True)
+class CaptionScores:
+    """``corpus``: metric to the score of all captions together; ``items``: metric to float [captions], each one's own.
+
+    CIDEr of the corpus is the mean of the captions' own; METEOR of the corpus is of its summed counts.
+    """
+
+    corpus: dict[str, float]
+    items: dict[str, np.ndarray]
+
+
+def caption_scores(references: Sequence[str], captions: Sequence[str]) -> CaptionScores | str:
+    """METEOR and CIDEr, or why they cannot be computed.
 
     CIDEr weighs words by how rare they are among the references at hand: only values on the same items compare.
 
@@ -28,7 +42,8 @@ def caption_scores(references: Sequence[str], captions: Sequence[str]) -> dict[s
         tokenizer.tokenize({number: [{"caption": text.strip() or "."}] for number, text in enumerate(texts)})
         for texts in (references, captions)
     )
-    return {
-        "METEOR": float(Meteor().compute_score(truth, said)[0]),
-        "CIDEr": float(Cider().compute_score(truth, said)[0]),
-    }
+    found = {"METEOR": Meteor().compute_score(truth, said), "CIDEr": Cider().compute_score(truth, said)}
+    return CaptionScores(
+        {name: float(corpus) for name, (corpus, _) in found.items()},
+        {name: np.asarray(items, dtype=float) for name, (_, items) in found.items()},
+    )

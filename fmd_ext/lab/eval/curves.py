@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from fmd_ext.lab.diagnose.plots import Curve
 from fmd_ext.lab.eval.methods import parse_methods
-from fmd_ext.lab.eval.scores import ALL, Evaluation, Table
+from fmd_ext.lab.eval.scores import ALL, Evaluation
+from fmd_ext.lab.eval.tables import Table
 
 SETTINGS = {"fork_layers": "fork layers", "alpha": "alpha", "mask_scale": "mask scale"}
 BASELINE = "vanilla"

@@ -7,15 +7,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fmd_ext.lab.eval.scores import Cell, Evaluation, Table
+from fmd_ext.lab.eval.scores import Evaluation
 from fmd_ext.lab.eval.statistics import Estimate
+from fmd_ext.lab.eval.tables import Cell, Table
+from fmd_ext.lab.eval.wording import short_names
 from fmd_ext.lab.plotting import LINES, MARKERS, STYLE, matplotlib_
+
+NONE = Estimate(math.nan, math.nan, math.nan, math.nan, 0, 0)  # where there is nothing to compare
 
 
 def accuracy_figure(evaluation: Evaluation, table: Table) -> str:
     """Accuracy of each method in each group, with its interval."""
     return _dots(
-        evaluation.methods,
+        short_names(evaluation.methods),
         table,
         lambda cell: cell.accuracy,
         title=f"Accuracy by {table.category}",
@@ -25,11 +29,13 @@ def accuracy_figure(evaluation: Evaluation, table: Table) -> str:
 
 def difference_figure(evaluation: Evaluation, table: Table) -> str:
     """Gain of each method over the baseline on the same items, with its interval; right of the line is better."""
+    names = short_names(evaluation.methods)
+    baseline = names.pop(evaluation.baseline)
     return _dots(
-        evaluation.methods[1:],
+        names,
         table,
-        lambda cell: cell.comparison.difference,
-        title=f"Gain over {evaluation.baseline} by {table.category}",
+        lambda cell: cell.comparison.difference if cell.comparison else NONE,
+        title=f"Gain over {baseline} by {table.category}",
         label="points (95 % interval of the paired difference)",
         first_style=1,
         zero=True,
@@ -37,7 +43,7 @@ def difference_figure(evaluation: Evaluation, table: Table) -> str:
 
 
 def _dots(
-    methods: list[str],
+    names: dict[str, str],
     table: Table,
     pick: Callable[[Cell], Estimate],
     *,
@@ -46,7 +52,7 @@ def _dots(
     first_style: int = 0,
     zero: bool = False,
 ) -> str:
-    groups = list(table.rows)
+    methods, groups = list(names), list(table.rows)
     gap = 0.72 / max(len(methods), 1)
     height = 1.1 + len(groups) * max(0.34, 0.17 * len(methods)) + 0.2 * len(methods)
     matplotlib = matplotlib_()
@@ -68,7 +74,7 @@ def _dots(
                 markersize=5,
                 capsize=2.5,
                 linewidth=1.3,
-                label=method,
+                label=names[method],
             )
         counts = [table.rows[group][methods[0]].accuracy.num_items for group in groups]
         axes.set_yticks(range(len(groups)), [f"{g} ({n})" for g, n in zip(groups, counts, strict=True)])
@@ -84,7 +90,8 @@ def _dots(
 
 
 def _reach(distance: float) -> float:
-    return 100 * distance if math.isfinite(distance) else 0.0
+    """In per cent, of a bar; matplotlib refuses negative ones, which a percentile interval beside its value gives."""
+    return 100 * max(0.0, distance) if math.isfinite(distance) else 0.0
 
 
 def _svg(drawn: Any, title: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 KINDS = ("yes-no", "choice", "word", "caption")
@@ -21,7 +21,7 @@ class Item:
         kind: ``"yes-no"``, ``"choice"`` (answer: a letter), ``"word"`` (answer: one of ``options``) or ``"caption"``.
         answer: the right one, normalised as `parsing` normalises what a model says; of a caption the reference.
         options: texts of the choices in the order of their letters; of a ``word`` item all answers there are.
-        categories: for the tables, such as ``{"task": "AV Matching"}``.
+        categories: for the tables, such as ``{"task": "AV Matching"}``; several values where it counts under each.
         prompt: what the model is asked, filled in by `benchmarks.load`.
         subtitles: of the video, where they are asked for.
     """
@@ -33,10 +33,15 @@ class Item:
     kind: str
     answer: str
     options: tuple[str, ...] = ()
-    categories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    categories: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     prompt: str = ""
     subtitles: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+    def values(self, category: str) -> tuple[str, ...]:
+        """The item's values of a category; none where it has no such category."""
+        found = self.categories.get(category, ())
+        return (found,) if isinstance(found, str) else tuple(found)

@@ -1,18 +1,19 @@
 """Predictions on disk: one JSON object per line, appended and synced, so that a killed run loses at most one batch.
 
 A results folder holds ``run.json`` and ``methods.json`` (all that decides the predictions), ``items.json`` (the
-questions with their answers, so that scoring needs neither model nor data), and ``shares/`` with one file per process.
-A share is a file: whoever holds its lock works on it, and all files together are the predictions, whatever number of
-processes wrote them.
+questions with their answers, so that scoring needs neither model nor data), ``selection.json`` (which of them were
+asked), and ``shares/`` with one file per process. A share is a file: whoever holds its lock works on it, and all files
+together are the predictions, whatever number of processes wrote them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Prediction:
         seconds: of the whole batch.
         batch: items in the batch.
         error: why there is no answer, such as a file that cannot be read.
+        shown: what the model got of the clip: ``frames``, ``picture_s`` and ``sound_s`` (seconds).
+        notes: what was lost on the way, kind to detail; the kinds are in `fmd_ext.lab.eval.clips`.
     """
 
     method: str
@@ -60,6 +63,8 @@ class Prediction:
     seconds: float = 0.0
     batch: int = 1
     error: str | None = None
+    shown: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -86,12 +91,13 @@ class Share:
         os.ftruncate(self._file, content.rfind(b"\n") + 1)
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Writes the predictions and returns when they are on the disk."""
+        """Writes the predictions and returns when they are on the disk. An OSError names the file."""
         lines = [json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in predictions]
         data = "".join(lines).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        with _naming(self.path):
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)  # the lock goes with it
@@ -112,48 +118,111 @@ class Results:
     def share_path(self, index: int, count: int) -> Path:
         return self.folder / "shares" / f"{index}-of-{count}.jsonl"
 
-    def begin(self, settings: Mapping[str, Any], items: Iterable[Item]) -> None:
-        """Records what decides the predictions, or checks that the folder's are of the same settings.
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        items: Iterable[Item],
+        methods: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Records what decides the predictions, or checks that it is what the folder's predictions were made with.
 
-        A folder without predictions, as a run leaves it that failed at its first question, is begun anew.
-        ``settings["about"]`` is recorded too but not compared: versions, the machine. Raises ResultsError naming what
-        differs.
+        Args:
+            settings: of the run; ``settings["about"]`` (versions, the machine) is recorded but not compared.
+            items: the benchmark's.
+            methods: all settings in force of each method, defaults included.
+
+        A folder without predictions, as a run leaves it that failed at its first question, is begun anew. Raises
+        ResultsError naming what differs.
+        """
+        with self.at_work(settings, items, methods):
+            pass
+
+    @contextlib.contextmanager
+    def at_work(
+        self,
+        settings: Mapping[str, Any],
+        items: Iterable[Item],
+        methods: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Iterator[None]:
+        """`begin`, and within this context nobody else can change what was recorded.
+
+        Several processes can be at work with the same settings. One with others is refused, and leaves the folder's
+        files as they are.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))  # as it will be read
-        path = self.folder / "run.json"
-        rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
-        questions = json.dumps(rows, ensure_ascii=False)
-        if not _create(path, json.dumps(settings, indent=2)):
-            before = self.settings()
-            names = sorted((before.keys() | settings.keys()) - {"about"})
-            differing = next((name for name in names if before.get(name) != settings.get(name)), None)
-            if differing is not None and self.predictions():
-                raise ResultsError(
-                    f"{self.folder} holds predictions with {differing}={before.get(differing)!r}, this run has "
-                    f"{settings.get(differing)!r}: choose another folder, or the same settings"
-                )
-            if differing is not None:
-                write_atomically(path, json.dumps(settings, indent=2))
-                write_atomically(self.folder / "items.json", questions)
-        _create(self.folder / "items.json", questions)
+        methods = json.loads(json.dumps(methods or {}))
+        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._record(settings, items, methods)
+            # Shared with the other processes at work. Changing the lock takes two steps, and somebody may record in
+            # between; so what was recorded is compared once more.
+            fcntl.flock(file, fcntl.LOCK_SH)
+            self._compare(settings, methods)
+            yield
+        finally:
+            os.close(file)  # the lock goes with it
 
-    def begin_methods(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Records all settings in force of each method, defaults included, or checks that they are the recorded ones.
-
-        Raises ResultsError for a method whose settings were others, as after a change of defaults.
-        """
-        recorded = self.methods()
+    def _record(self, settings: dict[str, Any], items: Iterable[Item], methods: dict[str, Any]) -> None:
+        """With nobody else at work: writes what is new, and what no prediction was made with yet."""
         answered = {key[0] for key in self.predictions()}
-        for name, values in json.loads(json.dumps(settings)).items():
-            if name not in answered:
-                recorded[name] = values
-            elif recorded.setdefault(name, values) != values:
+        path = self.folder / "run.json"
+        if answered and path.exists():
+            self._compare(settings, {name: values for name, values in methods.items() if name in answered})
+        if not (answered and path.exists()):
+            rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
+            write_atomically(self.folder / "items.json", json.dumps(rows, ensure_ascii=False))
+            write_atomically(path, json.dumps(settings, indent=2))
+        recorded = self.methods() | methods
+        write_atomically(self.folder / "methods.json", json.dumps(recorded, indent=2))
+
+    def _compare(self, settings: dict[str, Any], methods: dict[str, Any]) -> None:
+        """Raises ResultsError where something recorded differs."""
+        before = self.settings()
+        for name in sorted((before.keys() | settings.keys()) - {"about"}):
+            if before.get(name) != settings.get(name):
+                raise ResultsError(
+                    f"{self.folder} holds predictions with {name}={before.get(name)!r}, this run has "
+                    f"{settings.get(name)!r}: choose another folder, or the same settings"
+                )
+        recorded = self.methods()
+        for name, values in methods.items():
+            if recorded.get(name, values) != values:
                 raise ResultsError(
                     f"{self.folder} holds predictions of {name} with {recorded[name]}, now it means {values}: choose "
                     "another folder, or name the settings"
                 )
-        write_atomically(self.folder / "methods.json", json.dumps(recorded, indent=2))
+
+    def record_selection(
+        self, asked: Sequence[Item], excluded: Iterable[str] = (), calibration: Mapping[str, Any] | None = None
+    ) -> None:
+        """Adds to the questions that are asked in this folder; those ``excluded`` (ids) are asked no longer.
+
+        ``calibration``: of questions about videos that settings were chosen on their ids as ``questions``, and whether
+        they are ``kept``.
+        """
+        calibration = dict(calibration or {})
+        left_out = {*excluded, *(() if calibration.get("kept") else calibration.get("questions", ()))}
+        ids = ((self.asked() or set()) | {item.id for item in asked}) - left_out
+        selection = {
+            "asked": [item.id for item in self.items() if item.id in ids],
+            "excluded": sorted(excluded),
+            "calibration": calibration,
+        }
+        write_atomically(self.folder / "selection.json", json.dumps(selection, ensure_ascii=False))
+
+    def asked(self) -> set[str] | None:
+        """Ids of the questions that are asked; None where nobody recorded them."""
+        return set(self._json("selection.json")["asked"]) if (self.folder / "selection.json").exists() else None
+
+    def left_out(self) -> tuple[list[str], dict[str, Any]]:
+        """Ids of the questions that were excluded by hand, and what `record_selection` was told about calibration."""
+        if not (self.folder / "selection.json").exists():
+            return [], {}
+        selection = self._json("selection.json")
+        return selection["excluded"], selection["calibration"]
 
     def settings(self) -> dict[str, Any]:
         return self._json("run.json")
@@ -210,20 +279,27 @@ class Results:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Puts a file in its place whole, replacing what is there."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Puts a file in its place whole, replacing what is there; a file that holds this text already is left alone.
 
-
-def _create(path: Path, text: str) -> bool:
-    """Puts a file in its place whole, unless there is one already; whether this was the one."""
+    An OSError names the file, also where the disk is full, and leaves nothing behind.
+    """
+    data = text.encode()
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
     try:
-        os.link(part, path)
-    except FileExistsError:
-        return False
-    finally:
-        part.unlink()
-    return True
+        with _naming(path):
+            part.write_bytes(data)
+            os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError within this context names the file: that of a full disk comes without a name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

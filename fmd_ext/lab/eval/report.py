@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from markupsafe import Markup
 from PIL import Image
 
 import fmd_ext
-from fmd_ext.inputs.media import Clip, MediaError, load_clip
+from fmd_ext.inputs.media import Clip, load_clip
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS
+from fmd_ext.lab.eval.clips import reason_of
 from fmd_ext.lab.eval.figures import accuracy_figure, difference_figure
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, write_atomically
 from fmd_ext.lab.eval.report_template import PAGE
 from fmd_ext.lab.eval.run import judged
-from fmd_ext.lab.eval.scores import ALL, GAINS, Evaluation, Table
+from fmd_ext.lab.eval.scores import ALL, GAINS, Evaluation, reading_of
 from fmd_ext.lab.eval.speed import read_speed
-from fmd_ext.lab.eval.wording import against, percent, ratio
+from fmd_ext.lab.eval.tables import Table
+from fmd_ext.lab.eval.wording import against, caption_against, caption_score, percent, ratio, short_names
 
 EXAMPLES = 4  # per method and direction
 FRAMES = 4  # per example
@@ -45,8 +48,10 @@ def write_report(results: Results, evaluation: Evaluation, path: str | Path) -> 
 
 def render(results: Results, evaluation: Evaluation) -> str:
     """The page as text."""
-    settings = evaluation.settings
-    title = f"{BENCHMARKS[settings['benchmark']].title}: {', '.join(evaluation.methods)}"
+    settings, names = evaluation.settings, short_names(evaluation.methods)
+    benchmark = BENCHMARKS[settings["benchmark"]]
+    title = f"{benchmark.title}: {', '.join(names.values())}"
+    in_force = results.methods()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(PAGE).render(
         title=title,
@@ -54,16 +59,22 @@ def render(results: Results, evaluation: Evaluation) -> str:
         version=fmd_ext.__version__,
         random=settings.get("about", {}).get("random_weights", False),
         evaluation=evaluation,
-        tables=[_table(evaluation, table) for table in evaluation.tables],
-        averages=[(c, m, percent(e)) for c, row in evaluation.averages.items() for m, e in row.items()],
-        yes_no=_yes_no(evaluation),
+        baseline=names[evaluation.baseline],
+        protocol=benchmark.official.source if evaluation.protocol == "official" else "",
+        legend=[(name, method, _listed(in_force.get(method, {}))) for method, name in names.items()],
+        notes=[(kind, [by_method[method] for method in names]) for kind, by_method in evaluation.counts.notes.items()],
+        names=list(names.values()),
+        tables=[_table(evaluation, table, names) for table in evaluation.tables],
+        averages=[(c, names[m], percent(e)) for c, row in evaluation.averages.items() for m, e in row.items()],
+        yes_no=_yes_no(evaluation, names),
+        yes_no_names=("", "method", "precision, %", "recall, %", "F1, %", '"yes", %'),
         gains=[f"{100 * gain:g}" for gain in GAINS],
-        power=_power(evaluation),
-        captions=[(method, _caption_scores(scores)) for method, scores in evaluation.captions.items()],
+        power=_power(evaluation, names),
+        captions=_captions(evaluation, names),
         speed=_speed(read_speed(results)),
         run_speed=[
             (
-                method,
+                names[method],
                 f"{1000 * row['first_token_s']:.0f} ms",
                 f"{row['first_token_ratio']:.2f}",
                 f"{row['seconds_per_answer']:.2f}",
@@ -71,12 +82,16 @@ def render(results: Results, evaluation: Evaluation) -> str:
             )
             for method, row in evaluation.speed.items()
         ],
-        examples=_examples(results, evaluation),
-        settings=json.dumps({**settings, "methods": results.methods()}, indent=2, ensure_ascii=False),
+        examples=_examples(results, evaluation, names),
+        settings=json.dumps({**settings, "methods": in_force}, indent=2, ensure_ascii=False),
     )
 
 
-def _table(evaluation: Evaluation, table: Table) -> dict[str, Any]:
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items()) or "none"
+
+
+def _table(evaluation: Evaluation, table: Table, names: dict[str, str]) -> dict[str, Any]:
     figures = []
     if table.category != ALL:
         figures = [accuracy_figure(evaluation, table)]
@@ -88,7 +103,7 @@ def _table(evaluation: Evaluation, table: Table) -> dict[str, Any]:
             "group": group if method == evaluation.baseline else "",
             "num_items": cell.accuracy.num_items if method == evaluation.baseline else "",
             "videos": cell.accuracy.num_clusters if method == evaluation.baseline else "",
-            "method": method,
+            "method": names[method],
             "accuracy": percent(cell.accuracy),
             "against": against(cell),
             "unparsed": f"{100 * cell.unparsed:.1f}",
@@ -100,10 +115,14 @@ def _table(evaluation: Evaluation, table: Table) -> dict[str, Any]:
     return {"title": title, "rows": rows, "figures": [Markup(figure) for figure in figures]}
 
 
-def _yes_no(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    names = ("precision", "recall", "f1", "yes_rate")
+def _yes_no(evaluation: Evaluation, names: dict[str, str]) -> list[tuple[str, ...]]:
+    metrics = ("precision", "recall", "f1", "yes_rate")
     return [
-        (group if method == evaluation.baseline else "", method, *(percent(cell.yes_no[name]) for name in names))
+        (
+            group if method == evaluation.baseline else "",
+            names[method],
+            *(percent(cell.yes_no[name]) for name in metrics),
+        )
         for table in evaluation.tables
         for group, cells in table.rows.items()
         for method, cell in cells.items()
@@ -111,25 +130,32 @@ def _yes_no(evaluation: Evaluation) -> list[tuple[str, ...]]:
     ]
 
 
-def _power(evaluation: Evaluation) -> list[tuple[str, ...]]:
+def _power(evaluation: Evaluation, names: dict[str, str]) -> list[tuple[str, ...]]:
     rows = []
     for method, needed in evaluation.items_needed.items():
         detectable = evaluation.detectable[method]
         shown = f"{100 * detectable:.1f} points" if math.isfinite(detectable) else "–"
-        rows.append((method, shown, *("–" if count is None else f"{count:,}" for count in needed.values())))
+        rows.append((names[method], shown, *("–" if count is None else f"{count:,}" for count in needed.values())))
     return rows
 
 
-def _caption_scores(scores: dict[str, float] | str) -> str:
-    return scores if isinstance(scores, str) else ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+def _captions(evaluation: Evaluation, names: dict[str, str]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for method, found in evaluation.captions.items():
+        if isinstance(found, str):
+            rows.append((names[method], "", found, ""))
+        else:
+            rows += [(names[method], m, caption_score(cell), caption_against(cell)) for m, cell in found.items()]
+    return rows
 
 
 def _speed(speed: dict[str, Any] | None) -> dict[str, Any] | None:
     if speed is None:
         return None
+    names = short_names(list(speed["methods"]))
     rows = [
         (
-            method,
+            names[method],
             f"{1000 * row['first_token_s']:.0f} ms",
             ratio(row["first_token_ratio"]),
             f"{row['tokens_per_s']:.1f}",
@@ -142,21 +168,22 @@ def _speed(speed: dict[str, Any] | None) -> dict[str, Any] | None:
     return numbers | {"rows": rows}
 
 
-def _examples(results: Results, evaluation: Evaluation) -> list[dict[str, Any]]:
+def _examples(results: Results, evaluation: Evaluation, names: dict[str, str]) -> list[dict[str, Any]]:
     items = {item.id: item for item in results.items()}
     predictions = results.predictions()
     reading = evaluation.settings.get("reading", {})
+    read, _ = reading_of(BENCHMARKS[evaluation.settings["benchmark"]], evaluation.protocol)
     shown = []
     for method, flips in evaluation.flips.items():
         chosen = [("gained", identity) for identity in _spread(flips["gained"])]
         chosen += [("lost", identity) for identity in _spread(flips["lost"])]
         shown.append(
             {
-                "name": method,
+                "name": names[method],
                 "gained": len(flips["gained"]),
                 "lost": len(flips["lost"]),
                 "shown": [
-                    _example(items[identity], verdict, (evaluation.baseline, method), predictions, reading)
+                    _example(items[identity], verdict, (evaluation.baseline, method), predictions, names, reading, read)
                     for verdict, identity in chosen
                 ],
             }
@@ -175,17 +202,19 @@ def _example(
     verdict: str,
     methods: tuple[str, str],
     predictions: dict[Key, Prediction],
+    names: dict[str, str],
     reading: dict[str, Any],
+    read: Callable[[Item, str], str | None],
 ) -> dict[str, Any]:
     said = []
     for method in methods:
         raw = predictions[method, item.id, 0].raw
-        parsed, score = judged(item, raw)
-        said.append((method, f"{raw.strip()}\n→ {parsed or 'not parsed'}", bool(score)))
+        parsed, score = judged(item, raw, read)
+        said.append((names[method], f"{raw.strip()}\n→ {parsed or 'not parsed'}", bool(score)))
     example: dict[str, Any] = {
         "verdict": verdict,
         "id": item.id,
-        "categories": list(item.categories.items()),
+        "categories": [(name, ", ".join(item.values(name))) for name in item.categories],
         "prompt": predictions[methods[0], item.id, 0].prompt,
         "answer": item.answer,
         "said": said,
@@ -197,11 +226,11 @@ def _example(
         if item.path is None:
             raise FileNotFoundError(f"no file for the video {item.video}")
         clip = load_clip(item.path, fps=reading.get("fps", 2.0), max_frames=32, progress=False)
-    except (MediaError, OSError) as error:
-        return example | {"note": f"The clip cannot be shown: {error}"}
-    if clip.missing:
-        example["note"] = f"The clip has no {clip.missing}."
-    return example | {"frames": _frames(clip), "waveform": Markup(_waveform(clip)) if clip.audio is not None else None}
+        wave = Markup(_waveform(clip)) if clip.audio is not None else None
+        shown = example | {"frames": _frames(clip), "waveform": wave}
+    except Exception as error:  # whatever is wrong with a clip, the tables are worth more
+        return example | {"note": f"The clip cannot be shown: {reason_of(error)}"}
+    return shown | ({"note": f"The clip has no {clip.missing}."} if clip.missing else {})
 
 
 def _frames(clip: Clip) -> list[str]:

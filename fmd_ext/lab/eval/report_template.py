@@ -32,18 +32,51 @@ figure svg { max-width: 100%; height: auto; }
 .example img { height: 7.2rem; border-radius: 3px; margin-right: 4px; }
 .example svg { display: block; margin: 0.4rem 0; max-width: 100%; }
 .answer { font-family: ui-monospace, monospace; white-space: pre-wrap; }
+.legend td:nth-child(2), .legend td:nth-child(3) { overflow-wrap: anywhere; }
+@media (max-width: 44rem) {
+  body { font-size: 16px; margin: 0.8rem auto; padding: 0 0.8rem; }
+  figure { overflow-x: auto; }
+  figure svg { max-width: none; width: 35rem; }
+  .example img { height: auto; width: calc(50% - 6px); }
+  /* A row becomes a block, each value beside the name of its column: nothing to scroll sideways. */
+  .rows tr { display: block; border-bottom: 1px solid #bbb; padding: 0.3rem 0; }
+  .rows tr:first-child { display: none; }
+  .rows td, .rows td.number { display: flex; gap: 0.6rem; text-align: left; white-space: normal; border: 0;
+    padding: 0.05rem 0; }
+  .rows td:empty { display: none; }
+  .rows td::before { content: attr(data-name); flex: 0 0 8rem; color: #666; }
+  .rows tr.first td { border-top: 0; }
+  .rows td.group { font-weight: 600; }
+  .rows td.group::before { display: none; }
+}
 .right { color: #00664b; } .wrong { color: #a33a00; }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p class="quiet">{{ model }} · {{ evaluation.num_answered }} of {{ evaluation.num_items }} questions answered by every
-method · fmd_ext {{ version }}</p>
+<p class="quiet">{{ model }} · fmd_ext {{ version }}</p>
 {% if random %}<p class="warning">This model's weights are random: the figures show that the evaluation works, and say
 nothing about any method.</p>{% endif %}
-{% for reason, count in evaluation.errors.items() %}<p class="warning">{{ count }} answers are missing: {{ reason }}</p>
+{% for line in evaluation.counts.lines() %}
+<p{% if not loop.first or evaluation.counts.failed %} class="warning"{% endif %}>{{ line }}</p>
 {% endfor %}
+{% if protocol %}<p class="warning">Answers are read as the benchmark's own script reads them: {{ protocol }}.</p>
+{% endif %}
+<div class="legend"><table class="rows"><tr><th>method</th><th>in full</th><th>settings in force</th></tr>
+{% for name, method, values in legend %}<tr><td class="group">{{ name }}</td><td data-name="in full">{{ method }}</td>
+<td data-name="settings">{{ values }}</td></tr>
+{% endfor %}</table></div>
+{% if notes %}
+<h2>What the model did not get, or did not finish</h2>
+<div class="wide"><table class="rows"><tr><th>answers with</th>{% for name in names %}
+<th class="number">{{ name }}</th>{% endfor %}</tr>
+{% for kind, counts in notes %}<tr><td class="group">{{ kind }}</td>{% for count in counts %}
+<td class="number" data-name="{{ names[loop.index0] }}">{{ count }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<p class="quiet">predictions.jsonl says for each answer how many frames and seconds the model got, and what each note is
+about.</p>
+{% endif %}
 {% if tables %}
 <h2>Accuracy</h2>
 <p>Intervals are 95 %, with the questions about one video as a cluster. Differences are of the same questions, in pairs;
@@ -52,13 +85,14 @@ its table. Answers that cannot be parsed count as wrong, and are shown apart.</p
 {% for table in tables %}
 <h3>{{ table.title }}</h3>
 {% for figure in table.figures %}<figure>{{ figure }}</figure>{% endfor %}
-<div class="wide grouped"><table>
+<div class="wide grouped"><table class="rows">
 <tr><th></th><th class="number">items</th><th class="number">videos</th><th>method</th><th>accuracy, %</th>
-<th>against {{ evaluation.baseline }}</th><th class="number">unparsed, %</th></tr>
-{% for row in table.rows %}<tr{% if row.first %} class="first"{% endif %}><td>{{ row.group }}</td>
-<td class="number">{{ row.num_items }}</td><td class="number">{{ row.videos }}</td><td>{{ row.method }}</td>
-<td>{{ row.accuracy }}</td><td>{{ row.against }}</td>
-<td class="number">{{ row.unparsed }}</td></tr>
+<th>against {{ baseline }}</th><th class="number">unparsed, %</th></tr>
+{% for row in table.rows %}<tr{% if row.first %} class="first"{% endif %}><td class="group">{{ row.group }}</td>
+<td class="number" data-name="items">{{ row.num_items }}</td><td class="number" data-name="videos">{{ row.videos }}</td>
+<td data-name="method">{{ row.method }}</td><td data-name="accuracy, %">{{ row.accuracy }}</td>
+<td data-name="against {{ baseline }}">{{ row.against }}</td>
+<td class="number" data-name="unparsed, %">{{ row.unparsed }}</td></tr>
 {% endfor %}</table></div>
 {% endfor %}
 {% if averages %}<h3>Means over groups</h3>
@@ -66,10 +100,10 @@ its table. Answers that cannot be parsed count as wrong, and are shown apart.</p
 {% for category, method, value in averages %}<tr><td>{{ category }}</td><td>{{ method }}</td><td>{{ value }}</td></tr>
 {% endfor %}</table></div>{% endif %}
 {% if yes_no %}<h3>Questions with "yes" or "no"</h3>
-<div class="wide grouped"><table><tr><th></th><th>method</th><th>precision, %</th><th>recall, %</th><th>F1, %</th>
-<th>"yes", %</th></tr>
+<div class="wide grouped"><table class="rows"><tr>{% for name in yes_no_names %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in yes_no %}<tr{% if row[0] %} class="first"{% endif %}>
-{% for value in row %}<td>{{ value }}</td>{% endfor %}</tr>
+{% for value in row %}<td{% if loop.first %} class="group"{% endif %} data-name="{{ yes_no_names[loop.index0] }}">
+{{- value }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}
 {% if power %}<h3>What could have been seen</h3>
 <div class="wide"><table><tr><th>method</th><th>gain that this evaluation shows (80 % power)</th>
@@ -81,14 +115,19 @@ together. A dash: methods that differ so rarely cannot gain so much.</p>{% endif
 {% endif %}
 {% if evaluation.captions %}
 <h2>Captions</h2>
-<div class="wide"><table><tr><th>method</th><th>scores</th></tr>
-{% for method, scores in captions %}<tr><td>{{ method }}</td><td>{{ scores }}</td></tr>
+<div class="wide"><table class="rows"><tr><th>method</th><th>metric</th><th>score of all, mean of each</th>
+<th>against {{ baseline }}</th></tr>
+{% for method, metric, score, difference in captions %}<tr><td class="group">{{ method }}</td>
+<td data-name="metric">{{ metric }}</td><td data-name="score">{{ score }}</td>
+<td data-name="against {{ baseline }}">{{ difference }}</td></tr>
 {% endfor %}</table></div>
+<p class="quiet">The score of all captions together is what papers give. Interval, difference and test are of the
+captions' own scores, with the video as a cluster.</p>
 {% endif %}
 <h2>Speed</h2>
 {% if speed %}
 <p>{{ speed.num_items }} prompts of about {{ speed.prompt_tokens }} tokens, {{ speed.tokens }} new tokens each, one
-prompt at a time, methods in turn. Ratios are medians over prompts with quartiles, over cached {{ evaluation.baseline }}
+prompt at a time, methods in turn. Ratios are medians over prompts with quartiles, over cached {{ baseline }}
 decoding.</p>
 <div class="wide"><table>
 <tr><th>method</th><th class="number">first token</th><th>ratio</th><th class="number">tokens/s after it</th>
@@ -99,14 +138,14 @@ decoding.</p>
 {% endif %}
 <p>In the run itself, medians:</p>
 <div class="wide"><table>
-<tr><th>method</th><th class="number">first token</th><th class="number">over {{ evaluation.baseline }}</th>
+<tr><th>method</th><th class="number">first token</th><th class="number">over {{ baseline }}</th>
 <th class="number">seconds per answer</th><th class="number">tokens per answer</th></tr>
 {% for row in run_speed %}<tr><td>{{ row[0] }}</td>{% for value in row[1:] %}<td class="number">{{ value }}</td>
 {% endfor %}</tr>{% endfor %}</table></div>
 {% if examples %}
 <h2>Answers that flip</h2>
 {% for method in examples %}
-<h3>{{ method.name }} against {{ evaluation.baseline }}: {{ method.gained }} gained, {{ method.lost }} lost</h3>
+<h3>{{ method.name }} against {{ baseline }}: {{ method.gained }} gained, {{ method.lost }} lost</h3>
 {% for example in method.shown %}
 <div class="example">
 <p><strong>{{ example.verdict }}</strong> <span class="quiet">{{ example.id }}

@@ -3,22 +3,26 @@
 The batches follow from the chosen items alone, and never from what is done already or from the number of processes.
 So an interrupted run that is resumed, or one that is shared, answers every question within the same batch as an
 unbroken one, and gives the same predictions.
+
+A question that fails is recorded with its reason, and the run goes on. Where a batch fails its questions are asked one
+by one, and one that runs out of memory alone is tried once more with the memory freed.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
+import gc
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from fmd_ext.inputs.chat import load_clip_for, prepare_batch, to_device
-from fmd_ext.inputs.media import Clip, MediaError, clip_seconds
+from fmd_ext.inputs.chat import to_device
+from fmd_ext.inputs.media import clip_seconds
+from fmd_ext.lab.eval.clips import CUT_OFF, NON_FINITE, ClipInputs, Group, Reading, Shown, reason_of
 from fmd_ext.lab.eval.generation import Decoding, answer, max_new_tokens_for
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import Choice
@@ -26,14 +30,8 @@ from fmd_ext.lab.eval.parsing import parse_answer
 from fmd_ext.lab.eval.predictions import Key, Locked, Prediction, Results, Share
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How clips are read and shown to the model, as for ``fmd-ext ask``."""
-
-    fps: float = 2.0
-    max_frames: int = 128
-    frame_pixels: tuple[int, int] | None = None
-    interleaved: bool = False
+class DeviceLost(RuntimeError):
+    """The GPU serves this process no more, as after a failed assertion in a kernel; a new process can go on."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -72,7 +70,7 @@ class Runner:
     Args:
         model, processor: as loaded; the model is unpatched.
         choices: the methods.
-        results: where predictions go; `Results.begin` has been called.
+        results: where predictions go, within `Results.at_work`.
         limits: tokens that an answer may have, by kind of item.
         context_limit: positions that the model was made for; None: unknown.
     """
@@ -91,14 +89,28 @@ class Runner:
     ) -> None:
         self.model, self.processor, self.choices, self.results = model, processor, list(choices), results
         self.limits, self.decoding, self.reading, self.context_limit = dict(limits), decoding, reading, context_limit
-        self._clips: collections.OrderedDict[Path, Clip | str] = collections.OrderedDict()
+        self.clips = ClipInputs(processor, reading, self._refuse)
 
-    def run(self, items: Sequence[Item], *, batch_size: int = 1, rank: int = 0, size: int = 1, progress: bool = True):
-        """Answers what is not answered yet.
+    def run(
+        self,
+        items: Sequence[Item],
+        *,
+        batch_size: int = 1,
+        rank: int = 0,
+        size: int = 1,
+        progress: bool = True,
+        retry_failed: bool = False,
+    ) -> None:
+        """Answers what is not answered yet, and with ``retry_failed`` what failed before.
 
         Batches are dealt to ``size`` shares; this process begins with share ``rank``, goes on with shares that nobody
-        works on, such as that of a process that was killed, and returns when all shares are done. Raises Locked when
-        processes of another number are at work in the folder.
+        works on, such as that of a process that was killed, and returns when all shares are done. ``progress`` shows a
+        bar on a terminal.
+
+        Raises:
+            Locked: processes of another number are at work in the folder.
+            DeviceLost: no further question can be asked in this process.
+            OSError: the predictions cannot be written.
         """
         self.results.refuse_others(size)
         batches = make_batches(items, batch_size)
@@ -108,7 +120,7 @@ class Runner:
             desc="answering" if size == 1 else f"answering ({rank + 1} of {size})",
             unit="answer",
             position=rank,
-            disable=not progress,
+            disable=None if progress else True,  # None: off where stderr is no terminal
             smoothing=0.05,
         ) as bar:
             # First what is free; then, holding nothing, wait for the others: all is answered at the end, by whomever.
@@ -125,7 +137,8 @@ class Runner:
                 left.remove(index)
                 with share:
                     # Read with the lock held: what another process did on this share before is seen.
-                    done = {key for key, p in self.results.predictions().items() if p.error is None}
+                    known = self.results.predictions()
+                    done = {key for key, p in known.items() if p.error is None or not retry_failed}
                     self._work(share, batches[index::size], done, bar)
 
     def _work(self, share: Share, batches: list[list[Item]], done: set[Key], bar: tqdm) -> None:
@@ -135,92 +148,67 @@ class Runner:
         bar.total = max(bar.total, bar.n + sum(len(missing) for _, missing in wanted))
         # The next batch's clips are decoded while the model answers this one.
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._read, wanted[0][0]) if wanted else None
+            ahead = pool.submit(self.clips.read, wanted[0][0]) if wanted else None
             for at, (batch, missing) in enumerate(wanted):
-                clips = ahead.result()
-                ahead = pool.submit(self._read, wanted[at + 1][0]) if at + 1 < len(wanted) else None
-                for group, inputs in self._prepare(batch, clips):
-                    self._answer(share, group, inputs, missing, bar)
+                clips: list[Shown | str] = ahead.result()
+                ahead = pool.submit(self.clips.read, wanted[at + 1][0]) if at + 1 < len(wanted) else None
+                for group in self.clips.prepare(batch, clips):
+                    self._answer(share, group, missing, bar)
 
     def _missing(self, batch: list[Item], done: set[Key]) -> set[Key]:
         methods, samples = [choice.name for choice in self.choices], range(self.decoding.samples)
         return {(name, item.id, sample) for name in methods for item in batch for sample in samples} - done
 
-    def prepare(self, batch: list[Item]) -> list[tuple[list[Item], dict[str, Any] | str]]:
-        """The inputs of a batch, in groups that can share a call; where nothing can be asked the reason instead."""
-        return self._prepare(batch, self._read(batch))
+    def _refuse(self, width: int, items: Sequence[Item]) -> str | None:
+        most = max_new_tokens_for(items, self.limits, self.decoding)
+        if self.context_limit is None or width + most <= self.context_limit:
+            return None
+        return f"prompt of {width} and answer of {most} tokens exceed the model's limit of {self.context_limit}"
 
-    def _read(self, batch: list[Item]) -> list[Clip | str]:
-        return [self._clip(item.path) for item in batch]
-
-    def _prepare(self, batch: list[Item], clips: list[Clip | str]) -> list[tuple[list[Item], dict[str, Any] | str]]:
-        groups: dict[Any, list[tuple[Item, Clip]]] = collections.defaultdict(list)
-        refused: list[tuple[list[Item], dict[str, Any] | str]] = []
-        for item, clip in zip(batch, clips, strict=True):
-            if isinstance(clip, str):
-                refused.append(([item], clip))
-            else:
-                # One call takes one frame rate; interleaving needs picture and sound in every clip.
-                groups[clip.fps if clip.frames is not None else None, clip.missing].append((item, clip))
-        prepared = [([item for item, _ in group], self._inputs(group)) for group in groups.values()]
-        return [*prepared, *refused]
-
-    def _inputs(self, group: list[tuple[Item, Clip]]) -> dict[str, Any] | str:
-        inputs = prepare_batch(
-            self.processor,
-            [([clip], item.prompt) for item, clip in group],
-            use_audio_in_video=self.reading.interleaved,
-            frame_pixels=self.reading.frame_pixels,
-        )
-        width = inputs["input_ids"].shape[1]
-        most = max_new_tokens_for([item for item, _ in group], self.limits, self.decoding)
-        if self.context_limit is not None and width + most > self.context_limit:
-            return f"prompt of {width} and answer of {most} tokens exceed the model's limit of {self.context_limit}"
-        return inputs
-
-    def _clip(self, path: Path | None) -> Clip | str:
-        """The clip, or why it cannot be read. The last few are kept: questions about a video follow each other."""
-        if path is None:
-            return "the video is missing"
-        if path not in self._clips:
-            rates = {"fps": self.reading.fps, "max_frames": self.reading.max_frames}
-            try:
-                self._clips[path] = load_clip_for(self.processor, path, progress=False, **rates)
-            except (MediaError, OSError) as error:
-                self._clips[path] = str(error)
-        self._clips.move_to_end(path)
-        while len(self._clips) > 4:
-            self._clips.popitem(last=False)
-        return self._clips[path]
-
-    def _answer(
-        self, share: Share, group: list[Item], inputs: dict[str, Any] | str, missing: set[Key], bar: tqdm
-    ) -> None:
-        if not isinstance(inputs, str):
-            inputs = to_device(inputs, self.model.device)
+    def _answer(self, share: Share, group: Group, missing: set[Key], bar: tqdm) -> None:
         for sample in range(self.decoding.samples):
             for choice in self.choices:
-                due = [item for item in group if (choice.name, item.id, sample) in missing]
+                due = [item for item in group.items if (choice.name, item.id, sample) in missing]
                 if not due:
                     continue
                 # The whole group again, also for the rest of one that was cut off: the batch is part of the answer.
-                predictions = self._predictions(choice, group, inputs, sample)
+                try:
+                    predictions = self._predictions(choice, group, sample)
+                except DeviceLost as error:
+                    failed = _failed(choice, group, sample, str(error))
+                    share.append(p for p in failed if p.key in missing)
+                    raise
                 share.append(p for p in predictions if p.key in missing)
                 bar.update(len(due))
 
-    def _predictions(
-        self, choice: Choice, group: list[Item], inputs: dict[str, Any] | str, sample: int
-    ) -> Iterable[Prediction]:
-        if isinstance(inputs, str):
-            return [Prediction(choice.name, item.id, sample, item.prompt, None, error=inputs) for item in group]
+    def _predictions(self, choice: Choice, group: Group, sample: int, *, retried: bool = False) -> list[Prediction]:
+        if group.inputs is None:
+            return _failed(choice, group, sample, group.error)
+        try:
+            return self._answered(choice, group, sample)
+        except Exception as error:
+            reason, out_of_memory = reason_of(error), _is_out_of_memory(error)
+            if not out_of_memory and isinstance(error, torch.AcceleratorError):
+                raise DeviceLost(reason) from error
+        # Behind the except clause: within it the error holds on to the call's tensors.
+        if out_of_memory:
+            _free_memory()
+        if len(group.items) > 1:
+            alone = [single for item in group.items for single in self.clips.prepare([item])]
+            return [p for single in alone for p in self._predictions(choice, single, sample)]
+        if out_of_memory and not retried:
+            return self._predictions(choice, group, sample, retried=True)
+        return _failed(choice, group, sample, reason)
+
+    def _answered(self, choice: Choice, group: Group, sample: int) -> list[Prediction]:
         said = answer(
             self.model,
             self.processor,
             choice,
-            inputs,
+            to_device(group.inputs, self.model.device),
             self.decoding,
-            max_new_tokens=max_new_tokens_for(group, self.limits, self.decoding),
-            random_key=(sample, *(item.id for item in group)),
+            max_new_tokens=max_new_tokens_for(group.items, self.limits, self.decoding),
+            random_key=(sample, *(item.id for item in group.items)),
         )
         return [
             Prediction(
@@ -233,13 +221,51 @@ class Runner:
                 tokens=tokens,
                 first_token_s=said.first_token_s,
                 seconds=said.seconds,
-                batch=len(group),
+                batch=len(group.items),
+                shown=shown,
+                notes=notes
+                | ({} if ended else {CUT_OFF: f"after {tokens} tokens"})
+                | ({NON_FINITE: f"in {steps} of {tokens} steps"} if steps else {}),
             )
-            for item, text, tokens in zip(group, said.texts, said.tokens, strict=True)
+            for item, text, tokens, ended, steps, shown, notes in zip(
+                group.items,
+                said.texts,
+                said.tokens,
+                said.ended,
+                said.non_finite_steps,
+                group.shown,
+                group.notes,
+                strict=True,
+            )
         ]
 
 
-def judged(item: Item, raw: str) -> tuple[str | None, float | None]:
-    """The answer that a text gives, and its score: 1 or 0, None for a caption."""
-    parsed = parse_answer(item, raw)
+def _failed(choice: Choice, group: Group, sample: int, reason: str) -> list[Prediction]:
+    shown, notes = group.shown or ({},) * len(group.items), group.notes or ({},) * len(group.items)
+    return [
+        Prediction(choice.name, item.id, sample, item.prompt, None, error=reason, shown=own, notes=own_notes)
+        for item, own, own_notes in zip(group.items, shown, notes, strict=True)
+    ]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's memory, and a message for a CPU's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def judged(
+    item: Item, raw: str, read: Callable[[Item, str], str | None] = parse_answer
+) -> tuple[str | None, float | None]:
+    """The answer that a text gives, and its score: 1 or 0, None for a caption. ``read``: by which reading."""
+    parsed = parse_answer(item, raw) if item.kind == "caption" else read(item, raw)
     return parsed, None if item.kind == "caption" else float(parsed == item.answer)

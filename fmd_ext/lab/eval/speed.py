@@ -37,10 +37,10 @@ def measure(runner: Runner, items: Sequence[Item], *, tokens: int = 32) -> dict[
     lengths: list[int] = []
     cuda = runner.model.device.type == "cuda"
     for number, item in enumerate(items):
-        ((_, inputs),) = runner.prepare([item])
-        if isinstance(inputs, str):
-            raise ValueError(f"{item.id} cannot be asked: {inputs}")
-        inputs = to_device(inputs, runner.model.device)
+        (group,) = runner.clips.prepare([item])
+        if group.inputs is None:
+            raise ValueError(f"{item.id} cannot be asked: {group.error}")
+        inputs = to_device(group.inputs, runner.model.device)
         lengths.append(inputs["input_ids"].shape[1])
         for choice in runner.choices:
             for warming in (True, False) if number == 0 else (False,):

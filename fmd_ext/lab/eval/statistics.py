@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from scipy import stats
-except ImportError as error:  # at the place of the mistake, not at the first quantile
-    raise ImportError("fmd_ext.lab.eval.statistics needs scipy: pip install 'fmd-ext[eval]'") from error
-
 ENUMERATED_CLUSTERS = 14  # up to here all 2**14 sign patterns are tried, beyond it a sample of them
 SIGN_DRAWS = 20_000
+
+
+def require_scipy() -> Any:
+    """``scipy.stats``. Raises ImportError naming the extra; commands ask before their first question."""
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError("intervals and tests need scipy: pip install 'fmd-ext[eval]'") from error
+    return stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,7 @@ def mean(scores: Any, clusters: Any = None, *, confidence: float = 0.95) -> Esti
     value, error, effect = _clustered(scores, index, count)
     if count < 2:
         return Estimate(value, math.nan, -math.inf, math.inf, scores.size, count, effect)
-    reach = stats.t.ppf(0.5 + confidence / 2, count - 1) * error
+    reach = require_scipy().t.ppf(0.5 + confidence / 2, count - 1) * error
     return Estimate(value, error, value - reach, value + reach, scores.size, count, effect)
 
 
@@ -110,7 +114,7 @@ def proportion(scores: Any, clusters: Any = None, *, confidence: float = 0.95) -
         return Estimate(value, math.nan, 0.0, 1.0, scores.size, count, effect)
     # A design effect below 1 (videos balanced by construction) may be chance: it does not make items count twice.
     effective = scores.size / max(effect, 1.0) if 0 < value < 1 else count
-    low, high = _wilson(value, effective, stats.t.ppf(0.5 + confidence / 2, count - 1))
+    low, high = _wilson(value, effective, require_scipy().t.ppf(0.5 + confidence / 2, count - 1))
     return Estimate(value, error, low, high, scores.size, count, effect)
 
 
@@ -183,7 +187,10 @@ def compare(scores: Any, baseline: Any, clusters: Any = None, *, confidence: flo
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p-values of several comparisons so that the chance of any false alarm keeps its level (Holm, 1979)."""
+    """Adjusts p-values of several comparisons so that the chance of any false alarm keeps its level (Holm, 1979).
+
+    scipy adjusts for the rate of false discoveries alone; statsmodels has Holm's, and would bring pandas for six lines.
+    """
     p = np.asarray(p_values, dtype=float)
     if p.size == 0:
         return []
@@ -264,11 +271,15 @@ def _clustered(scores: np.ndarray, index: np.ndarray, count: int) -> tuple[float
 
 
 def _wilson(value: float, num: float, quantile: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion of ``num`` independent items."""
+    """Wilson's score interval of a proportion of ``num`` independent items; it holds ``value``.
+
+    scipy has it for whole numbers of items and the normal quantile alone, not for effective numbers and Student's.
+    """
     square = quantile**2 / num
     centre = (value + square / 2) / (1 + square)
     reach = quantile / (1 + square) * math.sqrt(value * (1 - value) / num + square / (4 * num))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    # At 0 and at 1 one bound is the value itself, up to rounding: a bar must not begin beyond its dot.
+    return min(value, max(0.0, centre - reach)), max(value, min(1.0, centre + reach))
 
 
 def _sign_flip(sums: np.ndarray, seed: int) -> float:
@@ -289,7 +300,8 @@ def _sign_flip(sums: np.ndarray, seed: int) -> float:
 def _reach(power: float, significance: float) -> float:
     if not 0 < power < 1 or not 0 < significance < 1:
         raise ValueError(f"power and significance must be in (0, 1), got {power} and {significance}")
-    return float(stats.norm.ppf(power) + stats.norm.ppf(1 - significance / 2))
+    normal = require_scipy().norm
+    return float(normal.ppf(power) + normal.ppf(1 - significance / 2))
 
 
 def _check_confidence(confidence: float) -> None:

@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from fmd_ext.lab.eval.scores import Cell
+from fmd_ext.lab.eval.methods import parse_methods
+from fmd_ext.lab.eval.scores import CaptionCell
 from fmd_ext.lab.eval.statistics import Estimate
+from fmd_ext.lab.eval.tables import Cell
+
+# Settings that stand in a method's short name, by their letters.
+LETTERS = {"fork_layers": "L", "alpha": "α", "mask_scale": "m", "text_weight": "t", "contrast": "c", "beta": "β"}
+
+
+def short_names(methods: Sequence[str]) -> dict[str, str]:
+    """``fmd:fork_layers=7:alpha=0.8`` is ``fmd L7 α0.8``: for tables and plots. No two are alike."""
+    names: dict[str, str] = {}
+    for method in methods:
+        try:
+            (choice,) = parse_methods(method)
+        except ValueError:  # of predictions made elsewhere
+            name = method
+        else:
+            shown = [
+                f"{letter}{_brief(choice.settings[key])}" for key, letter in LETTERS.items() if key in choice.settings
+            ]
+            name = " ".join([choice.method.name, *shown])
+        taken = set(names.values())
+        names[method] = next(n for n in (name, *(f"{name} ({k})" for k in range(2, 99))) if n not in taken)
+    return names
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "/".join(map(_brief, value.values()))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def percent(estimate: Estimate) -> str:
@@ -15,6 +46,23 @@ def percent(estimate: Estimate) -> str:
     if not math.isfinite(estimate.low):
         return f"{100 * estimate.value:.1f}"
     return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+
+
+def caption_score(cell: CaptionCell) -> str:
+    """0.312, mean 0.305 (0.290 to 0.320): of the corpus, and of the captions' own scores with its interval."""
+    interval = f" ({cell.mean.low:.3f} to {cell.mean.high:.3f})" if math.isfinite(cell.mean.low) else ""
+    return f"{cell.corpus:.3f}, mean {cell.mean.value:.3f}{interval}"
+
+
+def caption_against(cell: CaptionCell) -> str:
+    """As `against`, in the metric's own units."""
+    if cell.comparison is None:
+        return ""
+    if cell.comparison.discordance == 0:
+        return "no score differs"
+    estimate = cell.comparison.difference
+    interval = f" ({estimate.low:+.3f} to {estimate.high:+.3f})" if math.isfinite(estimate.low) else ""
+    return f"{estimate.value:+.3f}{interval}, p {cell.comparison.p_value:.2g}{' *' if cell.adjusted_p < 0.05 else ''}"
 
 
 def against(cell: Cell) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 import fmd_ext
 from fmd_ext.adapters import find_adapter
+from fmd_ext.compat import cache_kwargs, cache_of
 from fmd_ext.lab.synthetic import Question, Scene, questions_about
 from fmd_ext.lab.training.loop import encode_pictures, encode_sounds, openings
 from fmd_ext.lab.training.packing import embed_opening
@@ -131,13 +132,13 @@ class YesNoQuestions:
         entry = find_adapter(model).find_entry(model)
         labels = {"modality_labels": self.opening.labels.expand(clips, -1)} if fmd_ext.handle_of(model) else {}
         positions = self.opening.positions[:, None].expand(3, clips, -1)
-        cache = entry(inputs_embeds=batch.embeds, position_ids=positions, use_cache=True, **labels).past_key_values
+        cache = cache_of(entry(inputs_embeds=batch.embeds, position_ids=positions, use_cache=True, **labels))
         length = batch.ids.shape[2]
         # As a conversation with this question alone would count.
         after = (int(self.opening.positions.max()) + 1 + torch.arange(length)).expand(3, clips, length)
         for ids, last, items in zip(batch.ids, batch.last, batch.items, strict=True):
             # What is behind the answer's place is padding, which nothing before it can see.
-            logits = entry(input_ids=ids, position_ids=after, past_key_values=cache, use_cache=True, **labels).logits
+            logits = entry(input_ids=ids, position_ids=after, **cache_kwargs(cache), use_cache=True, **labels).logits
             cache.crop(-length)
             chosen = logits[torch.arange(clips), last][:, self.words]
             there = items >= 0

@@ -68,7 +68,7 @@ class FMDModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers the requests in their order. A medium that is no file of a clip is an error, never left out."""
         results: list[GenerationResult | None] = [None] * len(requests)
-        with tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as bar:
+        with tqdm(total=len(requests), desc="answering", disable=None if self.rank == 0 else True) as bar:
             for indices in self._batches(requests):
                 for index, result in zip(indices, self._answer([requests[i] for i in indices]), strict=True):
                     results[index] = result

@@ -68,7 +68,7 @@ def write_task(loaded: Loaded, folder: str | Path) -> Path:
     table = loaded.benchmark.tables[0]
     questions = folder / f"{task}.jsonl"
     questions.write_text("".join(json.dumps(_row(item, table), ensure_ascii=False) + "\n" for item in items))
-    groups = dict.fromkeys(_metric(item.categories.get(table)) for item in items)
+    groups = dict.fromkeys(_metric(item, table) for item in items)
     names = ["accuracy", "unparsed", *filter(None, groups)]
     (folder / "utils.py").write_text(UTILS)
     path = folder / f"{task}.yaml"
@@ -100,7 +100,7 @@ def doc_to_target(doc: Mapping[str, Any]) -> str:
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Metric to what lmms-eval collects of an item: its score, and the video as the cluster."""
-    item = Item(doc["id"], doc["video"], None, "", doc["kind"], doc["answer"], tuple(doc["options"]))
+    item = Item(doc["id"], doc["video"], None, doc["question"], doc["kind"], doc["answer"], tuple(doc["options"]))
     parsed, score = judged(item, results[0])
     scores = {"accuracy": score, "unparsed": float(parsed is None)}
     if doc["metric"]:
@@ -121,9 +121,11 @@ def _row(item: Item, table: str) -> dict[str, Any]:
         "kind": item.kind,
         "answer": item.answer,
         "options": list(item.options),
-        "metric": _metric(item.categories.get(table)),
+        "question": item.question,
+        "metric": _metric(item, table),
     }
 
 
-def _metric(group: str | None) -> str:
+def _metric(item: Item, table: str) -> str:
+    group = next(iter(item.values(table)), "")
     return "accuracy_" + re.sub(r"\W+", "_", group).strip("_").lower() if group else ""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    GenerationMixin,
     InstructBlipQFormerModel,
     InstructBlipVisionModel,
     LlamaModel,
@@ -15,8 +14,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.generic import can_return_tuple
 
+from fmd_ext.compat import cache_kwargs, takes_cache
 from fmd_ext.models.beats import Beats
+from fmd_ext.models.generation import EmbeddingsGenerationMixin, refuse_beside_embeds
 
 from .configuration import VideoSalmonnConfig
 from .joining import JointQFormer
@@ -33,7 +35,7 @@ FEATURES = (
 )
 
 
-class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class VideoSalmonnForConditionalGeneration(PreTrainedModel, EmbeddingsGenerationMixin):
     """Answers questions about one clip per sample. For inference; the LoRA weights are merged into the decoder.
 
     Every audio-visual token mixes picture and sound (channel-wise fusion): see `branch_inputs`.
@@ -43,6 +45,7 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("video", "audio", "text")
+    features = FEATURES
     _no_split_modules = ["LlamaDecoderLayer", "InstructBlipEncoderLayer", "InstructBlipQFormerLayer", "BeatsLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -88,12 +91,14 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    @takes_cache
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         num_frames: torch.LongTensor | None = None,
@@ -102,21 +107,22 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_features: torch.Tensor | None = None,
         beats_features: torch.Tensor | None = None,
         num_beats_frames: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits; `VideoSalmonnProcessor` makes the arguments.
 
         Args:
             input_ids: [batch, length], with placeholders where a clip's tokens go.
-            attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in any Llama.
+            attention_mask, position_ids, cache, inputs_embeds, labels, use_cache: as in any Llama.
             pixel_values: [batch, frames, 3, 224, 224]; num_frames [batch] says how many are real (0: no picture).
             qformer_input_ids, qformer_attention_mask: [batch, tokens], the question in BERT's vocabulary.
             input_features: [batch, 80, 3000], Whisper's log-mel window of 30 s.
             beats_features: [batch, frames, 128], BEATs' log-mel frames; num_beats_frames [batch] says how many are
                 real (0: no sound).
-            logits_to_keep: logits of so many last positions only; 0: of all.
+            logits_to_keep: logits of so many last positions only (0: of all), or of those at its indices.
 
         Raises:
             ValueError: features that belong together are not all given, or another number of placeholders than the
@@ -128,22 +134,18 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if clip:
                 tokens = [self._tokens(*sample, ((1.0, 1.0),)) for sample in self._encode(**clip)]
                 inputs_embeds = self._placed(input_ids, inputs_embeds[None], tokens)[0]
-        elif clip:
-            raise ValueError(f"inputs_embeds already hold the clip; got {', '.join(clip)} beside them")
-        out = self.language_model(
-            inputs_embeds=inputs_embeds,
+        else:
+            refuse_beside_embeds(**clip)
+        return self._answer(
+            self.language_model,
+            labels,
+            logits_to_keep,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_kwargs(cache),
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
-        )
-        hidden = out.last_hidden_state
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden),
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
-            attentions=out.attentions,
         )
 
     @torch.no_grad()
@@ -175,15 +177,6 @@ class VideoSalmonnForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids == self.config.joint_token_id).any():
             rest["branch_embeds"] = branches
         return rest
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in FEATURES:
-                inputs.pop(name, None)
-        return inputs
 
     # --- from features to embeddings --------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ class VideoSalmonnProcessor(ProcessorMixin):
         self.video_token_id = video_token_id
         self.audio_token_id = audio_token_id
         self.joint_token_id = joint_token_id
+        if qformer_tokenizer is not None:
+            qformer_tokenizer.truncation_side = "left"  # of a long question its end steers how frames are read
         super().__init__(feature_extractor, tokenizer, qformer_tokenizer, **kwargs)
 
     @classmethod

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, Qwen2Model, Qwen2PreTrainedModel
+from transformers import Qwen2Model, Qwen2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils.generic import can_return_tuple
 
+from fmd_ext.compat import cache_kwargs, takes_cache
+from fmd_ext.models.generation import EmbeddingsGenerationMixin, refuse_beside_embeds
 from fmd_ext.models.llava import VisionTower, mlp
 from fmd_ext.models.loading import CompleteCheckpoints
 from fmd_ext.models.video_salmonn2.configuration import VideoSalmonn2Config
@@ -58,7 +61,7 @@ class VideoSalmonn2Model(Qwen2Model):
         return pooled.flatten(2).transpose(1, 2)
 
 
-class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrainedModel, GenerationMixin):
+class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrainedModel, EmbeddingsGenerationMixin):
     """The model that answers: embeds ids and clips, runs the decoder, gives logits."""
 
     config_class = VideoSalmonn2Config
@@ -67,6 +70,7 @@ class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrained
     # SigLIP's pooling head, and positions that the official Q-Former counts but does not use.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(vision_model\.)?head\.", r"embeddings\.position_ids$"]
     input_modalities = ("video", "audio", "text")
+    features = ("pixel_values_videos", "input_features", "sound_order")
 
     def __init__(self, config: VideoSalmonn2Config) -> None:
         super().__init__(config)
@@ -82,12 +86,14 @@ class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrained
         self.final_linear = mlp(2, config.hidden_size, config.hidden_size) if config.use_final_linear else None
         self.post_init()
 
+    @takes_cache
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
@@ -108,30 +114,24 @@ class VideoSalmonn2ForConditionalGeneration(CompleteCheckpoints, Qwen2PreTrained
                 placeholders. What follows a sample's own is not looked at.
 
         Raises:
-            ValueError: placeholders and features do not match.
+            ValueError: placeholders and features do not match, or features beside ``inputs_embeds``.
         """
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, pixel_values_videos, input_features, sound_order)
-        kwargs.pop("return_dict", None)
-        outputs = self.model(
+        else:
+            refuse_beside_embeds(
+                pixel_values_videos=pixel_values_videos, input_features=input_features, sound_order=sound_order
+            )
+        return self._answer(
+            self.model,
+            labels,
+            logits_to_keep,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_kwargs(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
-        )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     def encode_sound(self, features: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from fmd_ext.compat import cache_kwargs, takes_cache
 from fmd_ext.models.loading import CompleteCheckpoints
 from fmd_ext.models.windowed_sound import WindowedQFormer
 
@@ -57,13 +58,14 @@ class VideoSalmonn2PlusModel(Qwen2_5_VLModel):
         self.audio = VideoSalmonn2PlusSound._from_config(config.audio_config)
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As `Qwen2_5_VLModel`, with sound; what stands for what is read off ``input_ids``.
@@ -75,14 +77,14 @@ class VideoSalmonn2PlusModel(Qwen2_5_VLModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if input_features is not None:
             inputs_embeds = self._with_sound(input_ids, inputs_embeds, input_features)
-        cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        cached = cache is not None and cache.get_seq_length() > 0
         if input_ids is not None and position_ids is None and not cached:
             kwargs |= self.position_inputs(input_ids, kwargs.get("video_grid_thw"))
         return super().forward(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_kwargs(cache),
             **kwargs,
         )
 

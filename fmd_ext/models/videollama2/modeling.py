@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    GenerationMixin,
     MistralModel,
     MistralPreTrainedModel,
     PreTrainedModel,
@@ -20,8 +19,11 @@ from transformers import (
     Qwen2PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
+from fmd_ext.compat import cache_kwargs, takes_cache
 from fmd_ext.models.beats import Beats
+from fmd_ext.models.generation import EmbeddingsGenerationMixin, refuse_beside_embeds
 from fmd_ext.models.llava import VisionTower, mlp
 from fmd_ext.models.loading import CompleteCheckpoints
 from fmd_ext.models.videollama2.configuration import VideoLlama2MistralConfig, VideoLlama2Qwen2Config
@@ -89,6 +91,7 @@ class _GenerationPart(CompleteCheckpoints):
     # BEATs' classifier: no feature passes through it.
     _keys_to_ignore_on_load_missing = [r"audio_tower\.predictor\."]
     input_modalities = ("video", "audio", "text")
+    features = ("pixel_values_videos", "input_features")
     text_model: type[PreTrainedModel]  # of self.model
 
     def __init__(self, config: Any) -> None:
@@ -97,12 +100,14 @@ class _GenerationPart(CompleteCheckpoints):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         input_features: torch.Tensor | None = None,
@@ -120,30 +125,22 @@ class _GenerationPart(CompleteCheckpoints):
             input_features: [batch, sounds, filter bank frames, 128], likewise.
 
         Raises:
-            ValueError: placeholders and features do not match.
+            ValueError: placeholders and features do not match, or features beside ``inputs_embeds``.
         """
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, pixel_values_videos, input_features)
-        kwargs.pop("return_dict", None)
-        outputs = self.model(
+        else:
+            refuse_beside_embeds(pixel_values_videos=pixel_values_videos, input_features=input_features)
+        return self._answer(
+            self.model,
+            labels,
+            logits_to_keep,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **cache_kwargs(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
-        )
-        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, rows])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     def _embed(
@@ -185,7 +182,7 @@ class VideoLlama2Qwen2Model(_TowersMixin, Qwen2Model):
     config_class = VideoLlama2Qwen2Config
 
 
-class VideoLlama2Qwen2ForConditionalGeneration(_GenerationPart, Qwen2PreTrainedModel, GenerationMixin):
+class VideoLlama2Qwen2ForConditionalGeneration(_GenerationPart, Qwen2PreTrainedModel, EmbeddingsGenerationMixin):
     """VideoLLaMA2.1 (Qwen2), with audio (VideoLLaMA2.1-7B-AV) or without."""
 
     config_class = VideoLlama2Qwen2Config
@@ -198,7 +195,7 @@ class VideoLlama2MistralModel(_TowersMixin, MistralModel):
     config_class = VideoLlama2MistralConfig
 
 
-class VideoLlama2MistralForConditionalGeneration(_GenerationPart, MistralPreTrainedModel, GenerationMixin):
+class VideoLlama2MistralForConditionalGeneration(_GenerationPart, MistralPreTrainedModel, EmbeddingsGenerationMixin):
     """VideoLLaMA2 (Mistral), with audio or without."""
 
     config_class = VideoLlama2MistralConfig

@@ -2,19 +2,22 @@
 
 An attention module rotates q and k by a function of its source file, then hands k and v to the cache. The adapter names
 that function where nothing happens to q and k in between. On a patched instance the module's own code runs with that
-one name bound to `FusedRotation.defer`: the rotation waits in the call's plan until the cache appends.
+one name bound to `FusedRotation.defer`: the rotation waits in the running `Call` until the cache appends.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fmd_ext.engine.plan import Rotation
+from fmd_ext.compat import cache_argument, name_cache
+from fmd_ext.engine.call import Rotation
+from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.session import Session
 
 
@@ -30,24 +33,26 @@ class FusedRotation:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_forward": None}  # a copy defers to its own session
 
+    @python_only  # Dynamo would look for what belongs to a code object in the globals of another function of that code
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._forward is None:
-            own = type(module).forward
+            own = _own_forward(module)
             self._rotate = own.__globals__[self.name]
             names = own.__globals__ | {self.name: self.defer}
             self._forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
             functools.update_wrapper(self._forward, own)
             self._forward.__kwdefaults__ = own.__kwdefaults__
-        return self._forward(module, *args, **kwargs)
+            self._cache_name = cache_argument(inspect.signature(own))
+        return self._forward(module, *args, **name_cache(kwargs, self._cache_name))
 
     def defer(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """q [1, num_qo_heads, rows, head_dim] as it will be once the cache has been given k, and k as it is."""
-        plan = self.session.plan
-        if plan is None or args or kwargs or not _is_served(q, k, cos, sin):
+        call = self.session.call
+        if call is None or args or kwargs or not _is_served(q, k, cos, sin):
             return self._rotate(q, k, cos, sin, *args, **kwargs)
         rows = q[0].transpose(0, 1)
         q_out = rows.new_empty(rows.shape)
-        plan.rotation = Rotation(rows, q_out, k, cos[0], sin[0])
+        call.rotation = Rotation(rows, q_out, k, cos[0], sin[0])
         return q_out.transpose(0, 1)[None], k
 
 
@@ -62,9 +67,14 @@ def _is_served(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
+def _own_forward(module: nn.Module) -> Any:
+    """The forward of the module's class without its decorators, such as the one that renames the cache argument."""
+    return inspect.unwrap(type(module).forward)
+
+
 def why_not_fused(module: nn.Module, name: str) -> str:
     """Why the append cannot take over what the function ``name`` does for an attention module; "" where it can."""
-    own = type(module).forward
+    own = _own_forward(module)
     if not name:
         return "the adapter does not name a function that rotates"
     if "forward" in module.__dict__:

@@ -6,8 +6,12 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
+from fmd_ext.inputs.media import MediaError, check_clip
 from fmd_ext.lab.eval.benchmarks.avhbench import AVHBENCH
 from fmd_ext.lab.eval.benchmarks.avqa import AVQA
 from fmd_ext.lab.eval.benchmarks.base import Benchmark, DataError, Findings, Prompt, ask, read_records
@@ -16,7 +20,7 @@ from fmd_ext.lab.eval.benchmarks.video_mme import VIDEO_MME
 from fmd_ext.lab.eval.benchmarks.worldsense import WORLDSENSE
 from fmd_ext.lab.eval.items import Item
 
-__all__ = ["BENCHMARKS", "Benchmark", "DataError", "Loaded", "Prompt", "load", "select"]
+__all__ = ["BENCHMARKS", "Benchmark", "DataError", "Loaded", "Prompt", "load", "select", "unreadable"]
 
 BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (AVHBENCH, MUSIC_AVQA, AVQA, VIDEO_MME, WORLDSENSE)}
 
@@ -33,6 +37,7 @@ class Loaded:
         digest: SHA-256 of these files: the version of the questions.
         malformed: one line per record that cannot be used.
         missing: names of videos that are not there.
+        doubled: ids that more than one record has; all are kept, the second as ``ID#2``.
     """
 
     benchmark: Benchmark
@@ -42,6 +47,7 @@ class Loaded:
     digest: str
     malformed: list[str]
     missing: list[str]
+    doubled: list[str]
 
     def report(self, most: int = 20) -> list[str]:
         """What was found and what is wrong, one line each; lists are cut after ``most`` lines."""
@@ -50,8 +56,12 @@ class Loaded:
             f"{self.benchmark.title}: {len(self.items)} questions about {len({i.video for i in self.items})} videos "
             f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
         ]
-        if known := ", ".join(f"{count} in {version}" for version, count in self.benchmark.published.items()):
-            lines.append(f"published: {known}")
+        lines += self.count_report()
+        if self.doubled:
+            lines.append(
+                f"{len(self.doubled)} ids are there more than once, such as {self.doubled[0]}; all are kept, the "
+                f"second as {self.doubled[0]}#2"
+            )
         for title, problems in (
             ("records that cannot be used", self.malformed),
             ("videos that are missing", self.missing),
@@ -61,6 +71,43 @@ class Loaded:
                 lines += [f"  {problem}" for problem in problems[:most]]
                 lines += [f"  and {len(problems) - most} more"] * (len(problems) > most)
         return lines
+
+    def count_report(self) -> list[str]:
+        """The numbers of questions beside the published ones, and where they differ."""
+        published, lines = self.benchmark.published, []
+        versions = [version for version, count in published.items() if count == len(self.items)]
+        known = ", ".join(f"{count} in {version}" for version, count in published.items())
+        if versions:
+            lines.append(f"as many questions as published ({versions[0]})")
+        elif published:
+            lines.append(f"{len(self.items)} questions are none of the published numbers: {known}")
+        for category, counts in self.benchmark.published_groups.items():
+            found = collections.Counter(value for item in self.items for value in item.values(category))
+            lines += [
+                f"{found[value]} questions of {category} {value}, published are {count}"
+                for value, count in counts.items()
+                if found[value] not in (0, count)
+            ]
+        return lines
+
+
+def unreadable(items: Sequence[Item], *, progress: bool = False) -> list[str]:
+    """Opens the file of every item and returns a line for each that is no media file; nothing is decoded.
+
+    ``progress`` shows a bar on a terminal.
+    """
+    paths = list(dict.fromkeys(item.path for item in items if item.path is not None))
+
+    def problem(path: Path) -> str | None:
+        try:
+            check_clip(path)
+        except (MediaError, OSError) as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:  # it waits for the disk, mostly
+        found = tqdm(pool.map(problem, paths), total=len(paths), desc="opening", disable=None if progress else True)
+        return [line for line in found if line]
 
 
 def load(name: str, folder: str | Path, *, prompt: str = "default", questions: str | Path | None = None) -> Loaded:
@@ -84,16 +131,27 @@ def load(name: str, folder: str | Path, *, prompt: str = "default", questions: s
         raise DataError(f"no such folder: {folder}")
     records, files = read_records(folder, benchmark.files, Path(questions) if questions else None)
     findings = Findings(folder)
-    items = benchmark.read(records, findings)
-    doubled = [identity for identity, count in collections.Counter(i.id for i in items).items() if count > 1]
-    findings.malformed += [f"the id {identity} is there more than once" for identity in doubled]
-    items = list({item.id: item for item in reversed(items)}.values())[::-1]
+    try:
+        items = benchmark.read(records, findings)
+    except DataError as error:
+        raise DataError(f"{', '.join(map(str, files))} is no file of {benchmark.title} as expected: {error}") from error
+    items, doubled = _with_own_ids(items)
     if not items:
         wrong = findings.malformed[0] if findings.malformed else "they are empty"
         raise DataError(f"no question in {', '.join(map(str, files))} can be asked: {wrong}")
     items = [dataclasses.replace(item, prompt=ask(item, chosen.template)) for item in items]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    return Loaded(benchmark, items, chosen, files, digest, findings.malformed, list(findings.missing))
+    return Loaded(benchmark, items, chosen, files, digest, findings.malformed, list(findings.missing), doubled)
+
+
+def _with_own_ids(items: list[Item]) -> tuple[list[Item], list[str]]:
+    """Published files have ids twice, with another answer: each record is a question of its own."""
+    seen: collections.Counter[str] = collections.Counter()
+    own: list[Item] = []
+    for item in items:
+        seen[item.id] += 1
+        own.append(item if seen[item.id] == 1 else dataclasses.replace(item, id=f"{item.id}#{seen[item.id]}"))
+    return own, [identity for identity, count in seen.items() if count > 1]
 
 
 def select(
@@ -102,24 +160,24 @@ def select(
     limit: int | None = None,
     ids: Sequence[str] = (),
     categories: Sequence[tuple[str, str]] = (),
+    exclude: Sequence[str] = (),
 ) -> list[Item]:
-    """The chosen items, in their order: those of ``ids``, of all ``categories`` (name, value), and ``limit`` of them.
+    """The chosen items, in their order: those of ``ids``, of all ``categories`` (name, value), none of ``exclude``
+    (ids), and ``limit`` of them.
 
     A limit spreads evenly over the items, so that every category gets its share. Raises ValueError for an id or a
     category that no item has.
     """
-    chosen = list(items)
-    if unknown := [identity for identity in ids if identity not in {item.id for item in items}]:
+    known_ids = {item.id for item in items}
+    if unknown := [identity for identity in [*ids, *exclude] if identity not in known_ids]:
         raise ValueError(f"no item has the id {unknown[0]!r}")
-    if ids:
-        chosen = [item for item in chosen if item.id in set(ids)]
+    left_out, named = set(exclude), set(ids)
+    chosen = [item for item in items if item.id not in left_out and (not ids or item.id in named)]
     for name, value in categories:
-        known = sorted({item.categories.get(name, "") for item in items})
-        if value not in known or not value:
-            raise ValueError(
-                f"no item has {name}={value}; values of {name}: {', '.join(filter(None, known)) or 'none'}"
-            )
-        chosen = [item for item in chosen if item.categories.get(name) == value]
+        known = sorted({own for item in items for own in item.values(name)})
+        if value not in known:
+            raise ValueError(f"no item has {name}={value}; values of {name}: {', '.join(known) or 'none'}")
+        chosen = [item for item in chosen if value in item.values(name)]
     if limit is not None and limit < len(chosen):
         chosen = [chosen[index * len(chosen) // limit] for index in range(limit)]
     return chosen

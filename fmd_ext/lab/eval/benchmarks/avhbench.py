@@ -5,15 +5,31 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt
+from fmd_ext.lab.eval.benchmarks import official
+from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, DataError, Findings, Prompt
 from fmd_ext.lab.eval.items import Item
 
 CAPTIONING = "AV Captioning"
 TASKS = ("Video-driven Audio Hallucination", "Audio-driven Video Hallucination", "AV Matching", CAPTIONING)
 
 
-def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
-    """Records have no id: an item is the n-th of its task and video, in the order of the file."""
+def read(records: list[Any], findings: Findings) -> list[Item]:
+    """Records have no id: an item is the n-th of its task and video, in the order of the file.
+
+    Raises DataError for a file that names its tasks otherwise, as the one in AVHBench's own repository does. Reading
+    only the tasks with known names would score a part as if it were all.
+    """
+    unknown = collections.Counter(
+        str(record["task"])
+        for record in records
+        if isinstance(record, dict) and record.get("task", CAPTIONING) not in TASKS
+    )
+    if sum(unknown.values()) > max(1, len(records) / 100):
+        named = ", ".join(f"{task!r} ({count} records)" for task, count in unknown.most_common())
+        raise DataError(
+            f"its tasks are named {named}, not {', '.join(map(repr, TASKS))}: give the file that names them so, "
+            "such as QA.json beside the code of AVCD"
+        )
     items: list[Item] = []
     seen: collections.Counter[tuple[str, str]] = collections.Counter()
     for number, record in enumerate(records, 1):
@@ -58,6 +74,8 @@ AVHBENCH = Benchmark(
         "plain": PLAIN,
     },
     published={"all tasks": 6408, "the yes/no tasks": 5302},
+    published_groups={"task": dict(zip(TASKS, (2290, 1136, 1876, 1106), strict=True))},
+    official=official.AVHBENCH,
     tables=("task",),
     group_averages=("task",),
     notes="Real and swapped videos are separate clusters. Captions: METEOR and CIDEr; GAVIE needs a judge model.",

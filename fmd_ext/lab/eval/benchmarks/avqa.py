@@ -8,7 +8,7 @@ from fmd_ext.lab.eval.benchmarks.base import LETTER, PLAIN, Benchmark, Findings,
 from fmd_ext.lab.eval.items import Item
 
 
-def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
+def read(records: list[Any], findings: Findings) -> list[Item]:
     items: list[Item] = []
     for number, record in enumerate(records, 1):
         where = f"record {number}"
@@ -21,7 +21,7 @@ def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
         if options is None:
             findings.malformed.append(f"{where} needs two or more choices, it has {choices!r}")
             continue
-        if not isinstance(answer, int) or not 0 <= answer < len(options):
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
             findings.malformed.append(f"{where}: answer must be an index below {len(options)}, got {answer!r}")
             continue
         items.append(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks.official import Official
 from fmd_ext.lab.eval.items import Item
 
+KEY = "(key)"  # under which a record of a file that holds them by name keeps its name
 MEDIA = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv"})
 
 
@@ -46,6 +48,8 @@ class Benchmark:
         read: from the records of those files to items, reporting to a `Findings`.
         prompts: by name, the first is the default. Captions are asked as published.
         published: known numbers of items by version, to compare with what is found.
+        published_groups: known numbers of items by category and value; groups that are absent altogether are not.
+        official: how its own script reads answers; None where it has none that reads text.
         tables: categories by which results are shown.
         group_averages: categories of which the mean over groups is reported, too.
         max_new_tokens: by kind of item.
@@ -56,7 +60,7 @@ class Benchmark:
     title: str
     source: str
     files: tuple[str, ...]
-    read: Callable[[list[dict[str, Any]], Findings], list[Item]]
+    read: Callable[[list[Any], Findings], list[Item]]
     prompts: Mapping[str, Prompt]
     published: Mapping[str, int]
     tables: tuple[str, ...]
@@ -65,6 +69,8 @@ class Benchmark:
         default_factory=lambda: {"yes-no": 16, "choice": 16, "word": 16, "caption": 128}
     )
     notes: str = ""
+    published_groups: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    official: Official | None = None
 
 
 class Findings:
@@ -98,8 +104,11 @@ class Findings:
             return None
         return found[0]
 
-    def fields(self, record: Mapping[str, Any], names: Iterable[str], where: str) -> list[Any] | None:
+    def fields(self, record: Any, names: Sequence[str], where: str) -> list[Any] | None:
         """The named fields of a record; None, and a line in ``malformed``, where one is missing."""
+        if not isinstance(record, Mapping):
+            self.malformed.append(f"{where} is {json.dumps(record)[:60]}, not an object with {', '.join(names)}")
+            return None
         lacking = [name for name in names if record.get(name) is None]
         if lacking:
             self.malformed.append(f"{where} lacks {', '.join(lacking)} (it has {', '.join(map(str, record))})")
@@ -130,12 +139,12 @@ def _files_below(folder: Path, around: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield path
 
 
-def read_records(
-    folder: Path, patterns: Iterable[str], given: Path | None = None
-) -> tuple[list[dict[str, Any]], list[Path]]:
+def read_records(folder: Path, patterns: Iterable[str], given: Path | None = None) -> tuple[list[Any], list[Path]]:
     """The records of the first pattern that matches below ``folder``, or of the file ``given``; and the files read.
 
-    JSON lists, JSON lines and parquet are read. Raises DataError for files that are missing or of another form.
+    JSON lists, JSON objects that hold the records by name (which each keeps under `KEY`), JSON lines and parquet are
+    read. A record that is no object is left to the benchmark to refuse. Raises DataError for files that are missing or
+    of another form.
     """
     patterns = list(patterns)
     paths = [given] if given else next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
@@ -145,7 +154,7 @@ def read_records(
     return [record for path in paths for record in _records_of(path)], paths
 
 
-def _records_of(path: Path) -> list[dict[str, Any]]:
+def _records_of(path: Path) -> list[Any]:
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet as parquet
@@ -153,17 +162,21 @@ def _records_of(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
         return parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
-    try:
-        records = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is no JSON: {error}") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+    if path.suffix == ".jsonl":
+        return [_json(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    records = _json(text, str(path))
+    if isinstance(records, dict) and records and all(isinstance(record, dict) for record in records.values()):
+        records = [{KEY: name, **record} for name, record in records.items()]
+    if not isinstance(records, list):
         raise DataError(f"{path} must hold a list of records, got {type(records).__name__}")
     return records
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is no JSON: {error}") from error
 
 
 def options_of(value: Any) -> tuple[str, ...] | None:
@@ -176,7 +189,7 @@ def options_of(value: Any) -> tuple[str, ...] | None:
     if (
         not isinstance(value, (list, tuple))
         or len(value) < 2
-        or not all(isinstance(text, (str, int, float)) for text in value)
+        or not all(isinstance(text, (str, int, float)) and not isinstance(text, bool) for text in value)
     ):
         return None
     texts = [str(text).strip() for text in value]

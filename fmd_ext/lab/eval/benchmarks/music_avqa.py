@@ -21,7 +21,7 @@ COUNTS = (*NUMBERS, "more than ten")
 PLACEHOLDER = re.compile(r"<(?:Object|LR|FL|TH|LRer|LL|BA)>")
 
 
-def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
+def read(records: list[Any], findings: Findings) -> list[Item]:
     items: list[Item] = []
     for number, record in enumerate(records, 1):
         where = f"record {number}"
@@ -44,6 +44,9 @@ def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
         question = template
         for filling in fillings:
             question = PLACEHOLDER.sub(lambda _, text=filling: text, question, count=1)
+        if isinstance(answer, bool) or not isinstance(answer, (str, int)):
+            findings.malformed.append(f"{where}: the answer (anser) must be a text, got {answer!r}")
+            continue
         modality, aspect = kinds
         items.append(
             Item(
@@ -106,5 +109,8 @@ MUSIC_AVQA = Benchmark(
     published={"json": 9185, "json_update": 9129},
     tables=("type", "modality"),
     group_averages=("type",),
-    notes="Exact match with the closed set of answers; papers that let a language model judge are not comparable.",
+    notes=(
+        "In json some questions are there twice, with another answer; json_update withdrew one of them. Exact match "
+        "with the closed set of answers; papers that let a language model judge are not comparable."
+    ),
 )

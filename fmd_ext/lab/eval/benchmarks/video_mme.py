@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks import official
 from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt, choice_of
 from fmd_ext.lab.eval.items import Item
 
@@ -15,7 +16,7 @@ _SELECT = (
 _OFFICIAL = "the authors' prompts, https://github.com/MME-Benchmarks/Video-MME"
 
 
-def read(records: list[dict[str, Any]], findings: Findings) -> list[Item]:
+def read(records: list[Any], findings: Findings) -> list[Item]:
     items: list[Item] = []
     for number, record in enumerate(records, 1):
         names = (
@@ -69,6 +70,7 @@ VIDEO_MME = Benchmark(
         "plain": PLAIN,
     },
     published={"test": 2700},
+    official=official.VIDEO_MME,
     tables=("duration", "domain", "task", "sub-category"),
     notes="Two settings: --prompt default is without subtitles, --prompt subtitles with all of them.",
 )

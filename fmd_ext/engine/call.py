@@ -1,0 +1,78 @@
+"""One forward call of a patched decoder: its frozen plan, and what is decided while the layers run.
+
+A call is made per forward and reached one way, as ``session.call``: by the merge, the cache, the attention function and
+the fusions alike. Nothing below writes into the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from fmd_ext.engine.plan import LayerPlan, Plan
+
+
+class Observer(Protocol):
+    """Looks at the attention of a call's fork layers and chooses settings from it; see `fmd_ext.engine.auto`."""
+
+    def observe(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """One fork layer: query rows [rows, num_qo_heads, head_dim] and keys [num_kv_heads, num_slots, head_dim]."""
+
+    def ends_fork(self) -> bool:
+        """Whether the layers observed so far are all that is forked."""
+
+    def home_weights(self, weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor | None:
+        """Home row weights [batch, 4] of the merge, from the settings' ``weights`` [4] and those of earlier calls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation that the append has still to do.
+
+    Args:
+        q: [rows, num_qo_heads, head_dim], and ``q_out``, of the same shape, which is to hold it rotated.
+        k: [1, num_kv_heads, rows, head_dim], not rotated, as the cache will be given it.
+        cos, sin: [rows, head_dim].
+    """
+
+    q: torch.Tensor
+    q_out: torch.Tensor
+    k: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclasses.dataclass
+class Call:
+    """A forward call.
+
+    Args:
+        plan: its rows.
+        fork_layers: number of layers before the merge. While ``observer`` may end the fork: the largest that it may be.
+        home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
+            samples; else None.
+        observer: chooses what the settings leave to the prompt; None where they leave nothing, or nothing begins to
+            fork.
+        rotation: what the layer that runs has left to its append.
+    """
+
+    plan: Plan
+    fork_layers: int
+    home_weights: torch.Tensor | None = None
+    observer: Observer | None = None
+    rotation: Rotation | None = None
+
+    def layer_plan(self, layer_idx: int) -> LayerPlan:
+        """The attention of a layer."""
+        return self.plan.fork if self.is_forked(layer_idx) else self.plan.trunk
+
+    def is_forked(self, layer_idx: int) -> bool:
+        return layer_idx < self.fork_layers
+
+    def reaches_merge(self, layer_idx: int) -> bool:
+        """Whether the merge comes before layer ``layer_idx`` or came earlier; the number of layers: the final norm."""
+        if self.observer is not None and self.is_forked(layer_idx) and self.observer.ends_fork():
+            self.fork_layers = layer_idx
+        return not self.is_forked(layer_idx)

@@ -1,0 +1,53 @@
+"""torch.compile and our replacements: they run as Python; what lies between them is compiled.
+
+Dynamo would trace planners, locks and a cache that changes its shape, and compile parts of each. Its marks are set
+without an import of it, which takes seconds and is needed only where something is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def as_python(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` as it is; what it calls is not traced either, save what is compiled by itself."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled yet
+        return function(*args, **kwargs)
+    return _untraced()(function, args, kwargs)
+
+
+as_python._torchdynamo_disable = True  # Dynamo breaks its graph here, as at a function that torch.compiler.disable made
+
+
+def _apply(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)
+
+
+def python_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: the function runs `as_python`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return as_python(function, *args, **kwargs)
+
+    return run
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    import torch
+
+    return torch.compiler.disable(_apply, reason="fmd_ext runs as Python")
+
+
+def is_called_by_compiled_code() -> bool:
+    """Whether Dynamo would compile what is called next: the caller is, or is called by, a compiled module."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    from torch._C._dynamo import eval_frame
+
+    callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)()
+    return callback not in (None, False)

@@ -1,0 +1,63 @@
+"""The config of a patched decoder: the original's settings, live in both directions, with our attention chosen."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from fmd_ext.engine.forward import ATTENTION_NAME
+
+_ATTENTION = "_attn_implementation_internal"  # transformers 5: where a config keeps the name of its attention
+
+
+class BranchedConfig:
+    """In front of a config's own class: another object with the same ``__dict__``, so that what is set through either
+    holds for both. Only the attention that layers read is ours; one that is set meanwhile holds after `unpatch`.
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Stops here: transformers would make a dataclass, with an equality of its own, of every subclass."""
+
+    @property
+    def _attn_implementation_internal(self) -> str:
+        return self._fmd_attention
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, name: str | None) -> None:
+        self.__dict__[_ATTENTION] = name
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """Pickled, it is the original."""
+        return original_config, (self._fmd_original,)
+
+    def __copy__(self) -> Any:
+        return branched_config(copy.copy(self._fmd_original), self._fmd_attention)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return branched_config(copy.deepcopy(self._fmd_original, memo), self._fmd_attention)
+
+
+def branched_config(config: Any, attention: str = ATTENTION_NAME) -> Any:
+    """A `BranchedConfig` over ``config``, whose layers read the attention function ``attention``."""
+    config = original_config(config)
+    view = object.__new__(_class_over(type(config)))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "_fmd_original", config)
+    object.__setattr__(view, "_fmd_attention", attention)
+    return view
+
+
+def original_config(config: Any) -> Any:
+    return config._fmd_original if isinstance(config, BranchedConfig) else config
+
+
+@functools.cache
+def _class_over(own: type) -> type:
+    return type(
+        own.__name__,
+        (BranchedConfig, own),
+        {"__slots__": ("_fmd_original", "_fmd_attention"), "__module__": own.__module__},
+    )

@@ -1,0 +1,355 @@
+// Runs grids on the CPU: the scheduler of fibers, and what the lanes of a warp do together.
+#include "cuda/device/intrinsics.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "cuda_host/fiber.h"
+
+namespace fmd::cuda::host {
+namespace {
+
+enum class Waiting { kNot, kForWarp, kForBlock, kForGroup, kForMbarrier, kEnded };
+
+// What a warp waits for beside Waiting: the id and threads of a group's barrier, or an mbarrier and a parity.
+struct Awaited {
+  const void* barrier = nullptr;
+  int id = 0, count = 0;
+  bool (*is_over)(const uint64_t* barrier, int parity) = nullptr;
+
+  bool operator==(const Awaited& other) const {
+    return barrier == other.barrier && id == other.id && count == other.count && is_over == other.is_over;
+  }
+};
+
+struct Lane {
+  Fiber fiber;
+  Thread thread;
+  Waiting waiting = Waiting::kNot;
+  void (*execute)(Operands) = nullptr;
+  void* operands = nullptr;
+  Awaited awaited;
+};
+
+struct Block {
+  const char* name = "";
+  int64_t index = 0;
+  unsigned char* shared_memory = nullptr;
+  int shared_bytes = 0;
+  const std::function<void()>* kernel = nullptr;
+};
+
+Settings the_settings;
+Block block;
+Lane* lane = nullptr;
+std::vector<std::unique_ptr<Lane>> lanes;
+
+// A small generator of its own, so that a seed means the same everywhere.
+class Shuffle {
+ public:
+  Shuffle(uint64_t seed, int64_t block_index) : state_(seed * 0x9e3779b97f4a7c15u + block_index), on_(seed != 0) {}
+
+  int below(int count) {
+    if (!on_) return 0;
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<int>((state_ >> 33) % static_cast<uint64_t>(count));
+  }
+
+  void order(std::vector<int>& values) {
+    if (!on_) return;
+    for (int i = static_cast<int>(values.size()) - 1; i > 0; --i) std::swap(values[i], values[below(i + 1)]);
+  }
+
+  // Operations that a warp executes before another warp's turn.
+  int burst() { return on_ ? 1 << below(9) : 1 << 30; }
+
+ private:
+  uint64_t state_;
+  bool on_;
+};
+
+void run_lane(void*) {
+  (*block.kernel)();
+  lane->waiting = Waiting::kEnded;
+  lane->fiber.suspend();
+}
+
+// Runs all lanes of a warp to where they wait next, and executes what they meet in. Returns what they wait for then.
+Waiting step_warp(int first, std::vector<int>& order, Shuffle& shuffle) {
+  shuffle.order(order);
+  for (const int i : order) {
+    lane = lanes[first + i].get();
+    lane->waiting = Waiting::kNot;
+    lane->fiber.resume();
+  }
+  void* operands[kWarpSize];
+  const Lane& leader = *lanes[first];
+  for (int i = 0; i < kWarpSize; ++i) {
+    const Lane& other = *lanes[first + i];
+    lane = lanes[first + i].get();
+    if (other.waiting != leader.waiting) fail("lanes of a warp wait for different things");
+    if (other.waiting == Waiting::kForWarp && other.execute != leader.execute) {
+      fail("lanes of a warp execute different operations");
+    }
+    if (other.waiting != Waiting::kEnded && !(other.awaited == leader.awaited)) {
+      fail("lanes of a warp wait at different barriers");
+    }
+    if (other.waiting == Waiting::kEnded) {
+      for (const auto& group : other.thread.groups) {
+        if (!group.empty()) fail("a thread ends with copies under way");
+      }
+    }
+    operands[i] = other.operands;
+  }
+  if (leader.waiting == Waiting::kForWarp) leader.execute(operands);
+  return leader.waiting;
+}
+
+void run_block(int threads) {
+  Shuffle shuffle(the_settings.seed, block.index);
+  const int num_warps = threads / kWarpSize;
+  for (int i = 0; i < threads; ++i) {
+    lanes[i]->thread = Thread{i, {{}}, {}, false};
+    lanes[i]->awaited = {};
+    lanes[i]->waiting = Waiting::kNot;
+    lanes[i]->fiber.start(run_lane, nullptr);
+  }
+  std::vector<Waiting> warps(num_warps, Waiting::kNot);
+  std::vector<int> order(kWarpSize), ready;
+  for (int i = 0; i < kWarpSize; ++i) order[i] = i;
+  // Warps that stand at a group's barrier with all the others of the group.
+  const auto group_is_complete = [&](const Awaited& awaited) {
+    int count = 0;
+    for (int warp = 0; warp < num_warps; ++warp) {
+      if (warps[warp] == Waiting::kForGroup && lanes[warp * kWarpSize]->awaited == awaited) count += kWarpSize;
+    }
+    return count == awaited.count;
+  };
+  for (;;) {
+    ready.clear();
+    for (int warp = 0; warp < num_warps; ++warp) {
+      const Awaited awaited = lanes[warp * kWarpSize]->awaited;
+      if (warps[warp] == Waiting::kForGroup && group_is_complete(awaited)) {
+        for (int other = warp; other < num_warps; ++other) {
+          if (warps[other] == Waiting::kForGroup && lanes[other * kWarpSize]->awaited == awaited) {
+            warps[other] = Waiting::kNot;
+          }
+        }
+      }
+      if (warps[warp] == Waiting::kForMbarrier &&
+          awaited.is_over(static_cast<const uint64_t*>(awaited.barrier), awaited.count)) {
+        warps[warp] = Waiting::kNot;
+      }
+      if (warps[warp] == Waiting::kNot || warps[warp] == Waiting::kForWarp) ready.push_back(warp);
+    }
+    if (ready.empty()) {
+      // All that have not ended stand at the barrier.
+      bool ended = true;
+      for (Waiting& warp : warps) {
+        if (warp == Waiting::kEnded) continue;
+        if (warp != Waiting::kForBlock) fail("all warps wait, some for what nobody is left to bring");
+        warp = Waiting::kNot;
+        ended = false;
+      }
+      if (ended) return;
+      continue;
+    }
+    const int warp = ready[shuffle.below(static_cast<int>(ready.size()))];
+    for (int steps = shuffle.burst(); steps > 0; --steps) {
+      warps[warp] = step_warp(warp * kWarpSize, order, shuffle);
+      if (warps[warp] != Waiting::kForWarp) break;
+    }
+  }
+}
+
+}  // namespace
+
+Settings& settings() { return the_settings; }
+Thread& current_thread() { return lane->thread; }
+int64_t current_block() { return block.index; }
+unsigned char* current_shared_memory() { return block.shared_memory; }
+int current_shared_bytes() { return block.shared_bytes; }
+
+void fail(const char* what) {
+  std::fprintf(stderr, "host execution of %s, block %lld, thread %d: %s\n", block.name,
+               static_cast<long long>(block.index), lane == nullptr ? -1 : lane->thread.index, what);
+  std::abort();
+}
+
+void wait_at_group_barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads < kWarpSize || threads % kWarpSize != 0) {
+    fail("group_barrier: accepted are ids 1 to 15 and whole warps");
+  }
+  lane->awaited = {nullptr, id, threads, nullptr};
+  lane->waiting = Waiting::kForGroup;
+  lane->fiber.suspend();
+}
+
+void wait_at_mbarrier(const uint64_t* barrier, int parity, bool (*is_over)(const uint64_t* barrier, int parity)) {
+  lane->awaited = {barrier, 0, parity, is_over};
+  lane->waiting = Waiting::kForMbarrier;
+  lane->fiber.suspend();
+}
+
+void wait_at_block_barrier() {
+  lane->awaited = {};
+  lane->waiting = Waiting::kForBlock;
+  lane->fiber.suspend();
+}
+
+void meet(void (*execute)(Operands), void* operands) {
+  lane->awaited = {};
+  lane->waiting = Waiting::kForWarp;
+  lane->execute = execute;
+  lane->operands = operands;
+  lane->fiber.suspend();
+}
+
+void run(const char* name, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  block.name = name;
+  if (threads < kWarpSize || threads > 1024 || threads % kWarpSize != 0) fail("accepted are 32, 64 … 1024 threads");
+  if (blocks < 1 || blocks > std::numeric_limits<int32_t>::max()) fail("accepted are 1 to 2^31 - 1 blocks");
+  if (shared_bytes > 227 * 1024) fail("more shared memory than a block can have");
+  while (lanes.size() < static_cast<size_t>(threads)) lanes.push_back(std::make_unique<Lane>());
+  block.kernel = &kernel;
+  for (block.index = 0; block.index < blocks; ++block.index) {
+    // Not aligned_alloc: it may round the size up, and the first byte beyond must be out of bounds.
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 1024, static_cast<size_t>(shared_bytes)) != 0) fail("no memory");
+    std::memset(memory, 0xff, static_cast<size_t>(shared_bytes));
+    block.shared_memory = static_cast<unsigned char*>(memory);
+    block.shared_bytes = shared_bytes;
+    run_block(threads);
+    std::free(memory);
+  }
+  lane = nullptr;
+}
+
+namespace {
+
+// Row r of a warp's 8x8 matrix m comes from lane 8 m + r. The eight rows of a matrix are read at once: they must lie in
+// different banks (groups of 16 bytes, eight of them).
+void gather_matrices(Operands operands, uint16_t (&matrices)[4][8][8]) {
+  for (int m = 0; m < 4; ++m) {
+    unsigned banks = 0;
+    for (int r = 0; r < 8; ++r) {
+      const auto* operand = static_cast<const MatrixOperands*>(operands[8 * m + r]);
+      std::memcpy(matrices[m][r], operand->row, 16);
+      banks |= 1u << (reinterpret_cast<uintptr_t>(operand->row) / 16 % 8);
+    }
+    if (banks != 0xff) fail("ldmatrix: rows of a matrix share a bank");
+  }
+}
+
+float element(BFloat16, uint32_t word, int half) {
+  return to_float(BFloat16{static_cast<uint16_t>(word >> (16 * half))});
+}
+float element(Float16, uint32_t word, int half) {
+  return to_float(Float16{static_cast<uint16_t>(word >> (16 * half))});
+}
+
+// Products are exact in fp32; the sum over k runs in order, which hardware does not promise.
+template <typename T>
+void multiply_add_all(Operands operands) {
+  float a[16][16], b[16][8];
+  for (int l = 0; l < kWarpSize; ++l) {
+    const auto* mine = static_cast<const MultiplyOperands*>(operands[l]);
+    const int row = l / 4, pair = l % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      a[row][pair + half] = element(T{}, mine->a[0], half);
+      a[row + 8][pair + half] = element(T{}, mine->a[1], half);
+      a[row][pair + 8 + half] = element(T{}, mine->a[2], half);
+      a[row + 8][pair + 8 + half] = element(T{}, mine->a[3], half);
+      b[pair + half][row] = element(T{}, mine->b[0], half);
+      b[pair + 8 + half][row] = element(T{}, mine->b[1], half);
+    }
+  }
+  float sums[16][8] = {};
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 8; ++j) sums[i][j] += a[i][k] * b[k][j];
+    }
+  }
+  for (int l = 0; l < kWarpSize; ++l) {
+    const auto* mine = static_cast<const MultiplyOperands*>(operands[l]);
+    for (int i = 0; i < 4; ++i) mine->c[i] += sums[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+  }
+}
+
+}  // namespace
+
+void load_matrices(Operands operands) {
+  uint16_t matrices[4][8][8];
+  gather_matrices(operands, matrices);
+  for (int l = 0; l < kWarpSize; ++l) {
+    uint32_t* words = static_cast<const MatrixOperands*>(operands[l])->words;
+    for (int m = 0; m < 4; ++m) std::memcpy(&words[m], &matrices[m][l / 4][l % 4 * 2], 4);
+  }
+}
+
+void load_matrices_transposed(Operands operands) {
+  uint16_t matrices[4][8][8];
+  gather_matrices(operands, matrices);
+  for (int l = 0; l < kWarpSize; ++l) {
+    uint32_t* words = static_cast<const MatrixOperands*>(operands[l])->words;
+    for (int m = 0; m < 4; ++m) {
+      words[m] = matrices[m][l % 4 * 2][l / 4] | static_cast<uint32_t>(matrices[m][l % 4 * 2 + 1][l / 4]) << 16;
+    }
+  }
+}
+
+void multiply_add_bfloat16(Operands operands) { multiply_add_all<BFloat16>(operands); }
+void multiply_add_float16(Operands operands) { multiply_add_all<Float16>(operands); }
+
+void shuffle_xor(Operands operands) {
+  for (int l = 0; l < kWarpSize; ++l) {
+    auto* mine = static_cast<ShuffleOperands*>(operands[l]);
+    if (mine->mask < 0 || mine->mask >= kWarpSize) fail("shuffle: accepted are masks 0 to 31");
+    mine->result = static_cast<const ShuffleOperands*>(operands[l ^ mine->mask])->value;
+  }
+}
+
+void warp_barrier(Operands) {}
+
+float float16_to_float(uint16_t bits) {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(65536);
+    for (int i = 0; i < 65536; ++i) {
+      const int exponent = i >> 10 & 31, fraction = i & 1023;
+      float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                  : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+      if (exponent == 31) {
+        value = fraction == 0 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
+      }
+      values[i] = i >> 15 ? -value : value;
+    }
+    return values;
+  }();
+  return table[bits];
+}
+
+uint16_t float_to_float16(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  // In units of the last place, which nearbyint rounds to even: 2^-24 below 2^-14, else 2^-10 of the power below.
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);
+  const int unit = magnitude == 0.0f ? -24 : std::max(exponent - 11, -24);
+  const auto count = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));
+  if (unit == -24) return static_cast<uint16_t>(sign | count);  // 1024 is the smallest normal number: bits fit
+  return static_cast<uint16_t>(sign | (((unit + 24) << 10) + count));
+}
+
+uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace fmd::cuda::host
