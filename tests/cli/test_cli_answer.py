@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ from fmd_ext.cli import answer
 from fmd_ext.cli.errors import UserError
 from fmd_ext.lab.tiny import write_clip
 from fmd_ext.lab.trained import bundled_scenes
+from paths import ROOT
 
 QUICK = ["--max-new-tokens", "6", "--max-frame-pixels", "3136"]
 
@@ -79,3 +81,14 @@ def test_logits_that_are_not_finite_at_a_later_token_are_found():
 
 def test_progress_bars_appear_on_a_terminal_only(fmd, folder):
     assert "Loading weights" not in fmd("ask", folder / "clip.mp4", "What?", "--model", folder / "model", *QUICK)[2]
+
+
+def test_every_progress_bar_asks_for_a_terminal():
+    """tqdm draws in pipes and logs too unless ``disable`` is None."""
+    without = []
+    for path in (ROOT / "fmd_ext").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "tqdm":
+                given = [ast.unparse(word.value) for word in call.keywords if word.arg == "disable"]
+                without += [] if given and "None" in given[0] else [f"{path.name}:{call.lineno}"]
+    assert without == []
