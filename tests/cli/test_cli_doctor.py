@@ -14,9 +14,9 @@ import torch
 
 import fmd_ext
 from fmd_ext import ops
-from fmd_ext.cli import doctor, selftest
+from fmd_ext.cli import doctor
 from fmd_ext.cli.forked_call import forked_call
-from fmd_ext.ops import library
+from fmd_ext.ops import library, selftest
 from fmd_ext.torchvision_mend import torchvision_advice
 
 
