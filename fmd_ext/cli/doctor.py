@@ -197,8 +197,7 @@ def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Every op on every device: the code that runs, why that one, and how far a small result is from plain PyTorch."""
-    from fmd_ext.cli import selftest
-    from fmd_ext.ops import library
+    from fmd_ext.ops import library, selftest
 
     isa, isas = library.cpu_isa(), library.cpu_isas()
     asked = os.environ.get("FMD_EXT_CPU_ISA")

@@ -6,9 +6,9 @@ import argparse
 import importlib.util
 
 from fmd_ext.cli.errors import UserError
+from fmd_ext.torchvision_mend import torchvision_advice
 
 EXTRAS = {  # the module to look for, and the extra of the package that brings it
-    "torchvision": "omni",
     "scipy": "eval",
     "matplotlib": "plots",
 }
@@ -18,9 +18,10 @@ def check_extras(args: argparse.Namespace) -> None:
     """Raises UserError naming the first package that the command line needs and that is not installed."""
     for module, purpose in _needed(args).items():
         if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"{purpose} needs {module}, which is not installed: pip install 'fmd-ext[{EXTRAS[module]}]'"
-            )
+            # The extra "omni" would take another torchvision, and with it another torch.
+            extra = EXTRAS.get(module)
+            advice = f"pip install 'fmd-ext[{extra}]'" if extra else torchvision_advice()
+            raise UserError(f"{purpose} needs {module}, which is not installed: {advice}")
 
 
 def _needed(args: argparse.Namespace) -> dict[str, str]:
