@@ -124,7 +124,5 @@ def test_placeholders_must_match_the_clips(models):
 def test_without_timm_the_connector_says_what_to_install(monkeypatch):
     """And a torchvision that leaves the installed torch where it is: timm would bring the newest."""
     monkeypatch.setitem(sys.modules, "timm.layers", None)
-    with pytest.raises(
-        ImportError, match=r"connector is built from timm's .*--no-deps 'torchvision.*&& pip install timm"
-    ):
+    with pytest.raises(ImportError, match=r"from timm's .*--no-deps 'torchvision.*&& pip install timm"):
         STCConnector(8, 8, padding=1)
