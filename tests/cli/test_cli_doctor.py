@@ -185,7 +185,7 @@ class TestBuild:
         monkeypatch.delattr(fmd_ext, "_core", raising=False)
         report = {"problems": [], "warnings": []}
         assert doctor._build(report) == {"compiled": False, "reason": "no C++ compiler was found"}
-        assert report["problems"] == [] and "no C++ compiler was found; with a C++ compiler" in report["warnings"][0]
+        assert report["problems"] == [] and "no C++ compiler was found; with one, pip install" in report["warnings"][0]
         (tmp_path / "_build_info.json").unlink()
         assert doctor._build(report) is None and len(report["problems"]) == 1
 
