@@ -78,6 +78,7 @@ build_in_place() {
   # Of this interpreter alone: the extension module is another one for each Python.
   local stamp="build/in_place_$("$python" -c 'import sys; print(sys.implementation.cache_tag)')"
   if is_built "$stamp"; then return; fi
+  mkdir -p build
   "$python" setup.py --quiet build_ext --inplace --build-temp build/in_place
   say_what_was_built
   fingerprint >"$stamp"

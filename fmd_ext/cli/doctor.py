@@ -113,9 +113,10 @@ def _build(report: dict[str, Any]) -> dict[str, Any] | None:
         if facts is None:
             report["problems"].append(f"the planner module fmd_ext._core cannot be imported: {_one_line(error)}")
         else:
+            advice = "; with one, pip install --force-reinstall --no-deps --no-cache-dir compiles"
             report["warnings"].append(
-                f"nothing is compiled in this installation, torch's own attention serves: {facts['reason']}; with a "
-                "C++ compiler, pip install --force-reinstall --no-deps --no-cache-dir compiles"
+                f"nothing is compiled in this installation, torch's own attention serves: {facts['reason']}"
+                + (advice if "no C++ compiler" in facts["reason"] else "")
             )
         return facts
     facts = {"compiled": True, **_core.build_info()}

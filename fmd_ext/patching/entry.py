@@ -19,7 +19,6 @@ from fmd_ext.labels import TEXT
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
-    covering,
     covering_prompt,
     only_new,
     prompt_ids,

@@ -69,7 +69,8 @@ def test_doctor_fails_when_the_ops_do_not_load(fmd, monkeypatch):
 def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
     monkeypatch.setattr(selftest.ops, "merge_", lambda *arguments: None)
     code, out, _ = fmd("doctor")
-    assert code == 1 and "problem: merge_ on cpu gives a wrong result" in out
+    [problem] = [line for line in out.splitlines() if line.startswith("problem: ")]
+    assert code == 1 and "merge_" in problem and "gives a wrong result" in problem
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -184,7 +185,7 @@ class TestBuild:
         monkeypatch.delattr(fmd_ext, "_core", raising=False)
         report = {"problems": [], "warnings": []}
         assert doctor._build(report) == {"compiled": False, "reason": "no C++ compiler was found"}
-        assert report["problems"] == [] and "no C++ compiler was found; with a C++ compiler" in report["warnings"][0]
+        assert report["problems"] == [] and "no C++ compiler was found; with one, pip install" in report["warnings"][0]
         (tmp_path / "_build_info.json").unlink()
         assert doctor._build(report) is None and len(report["problems"]) == 1
 
