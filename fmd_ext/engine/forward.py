@@ -169,7 +169,7 @@ class ForkedDecoder:
             if labels is not None:
                 prompt = Prompt(covering(check_labels(labels, len(embeds)), past + embeds.shape[1]))
             else:
-                prompt = self.session.incoming or self._prompt_of_direct_call(embeds, past, state)
+                prompt = self._prompt(embeds, past, state)
             labels, announced = self._labels(embeds, past, prompt)
             if not _is_generated(prompt, state, mask, embeds.shape[1]):
                 _apply_padding(labels, mask, past, state)
@@ -189,8 +189,12 @@ class ForkedDecoder:
         out = unpack_outputs(out, call.plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
-    def _prompt_of_direct_call(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
-        """The prompt of a call that has not come through the entry's forward."""
+    def _prompt(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
+        """The prompt of the entry's forward call, or of `generate` where the call has not come through that forward."""
+        if self.session.incoming is not None:
+            prompt, length = self.session.incoming
+            prompt.check_positions(length, past + embeds.shape[1])
+            return prompt
         generating = self.session.generating
         if generating is not None and (generating.is_one_with(state.prompt) if past else generating.fits(embeds)):
             return generating.begin()
