@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from fmd_ext import _core, ops
+from fmd_ext import ops
 from fmd_ext.adapters import AUDIO, JOINT, VISUAL
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.engine.auto import Reading, default_depth, largest_depth
 from fmd_ext.engine.plan import AttentionStep, PackedArrays, StepPlan
+from fmd_ext.engine.planner import make_plan
 from fmd_ext.engine.segments import SegmentTable
 
 NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
@@ -183,7 +184,7 @@ class BranchedState:
         if announced is not None:
             modalities = modalities | announced
         phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
-        raw = _core.make_plan(
+        raw = make_plan(
             labels,
             self.fork_table.length,
             self.trunk_table.length[:, 0],

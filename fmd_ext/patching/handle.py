@@ -17,6 +17,7 @@ from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.forward import ForkedDecoder, MergeHook, branched_config, refuse_unsupported
 from fmd_ext.engine.plan import StepPlan
 from fmd_ext.engine.session import Session
+from fmd_ext.ops import dispatch
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate, ReadLabels
 from fmd_ext.patching.fusions.norms import FusedNorm, is_plain
@@ -80,6 +81,17 @@ class Handle:
     def last_plan(self) -> StepPlan | None:
         """The `StepPlan` of the decoder's last forward call; None before the first, and with 0 fork layers."""
         return self.session.last_plan
+
+    @property
+    def attention_runs_on(self) -> str:
+        """The code that computes the decoder's attention: "kernel" or "torch", and why where there is a reason.
+
+        "model": with 0 fork layers the model's own code runs.
+        """
+        if not (self.config.fork_layers or self.runner.wanted):
+            return "model"
+        path = dispatch.of_decoder(self.decoder)
+        return f"{path.name}: {path.why}" if path.why else path.name
 
     def labels(self, modality_labels: Any) -> contextlib.AbstractContextManager:
         """A context in which the calls' positions carry ``modality_labels`` [batch, length].

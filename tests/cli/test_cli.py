@@ -124,7 +124,7 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
         ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
         ((*ASK, "--max-frames", "many"), "argument --max-frames: must be a whole number, got 'many'"),
         ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
-        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N and spread"),
+        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N, xpu, mps and spread"),
         ((*ASK, "--model", "./nowhere"), "model ./nowhere: there is no such folder"),
         ((*ASK, "--model", "./other"), "is of type 'llama'; supported types are qwen2_5_omni"),
         ((*ASK, "--model", "./bare"), "processor of ./bare: "),
@@ -235,7 +235,8 @@ def test_doctor_reports_json(fmd):
     on_cpu = {op["op"]: op for op in report["ops"] if op["device"] == "cpu"}
     assert set(on_cpu) == set(ops.__all__)
     assert library.cpu_isa() in on_cpu["branched_prefill"]["path"]
-    assert all(float(op["check"]) < 1e-5 and op["why"] for op in on_cpu.values())
+    assert all(op["check"].keys() == {"float32", "bfloat16", "float16"} and op["why"] for op in on_cpu.values())
+    assert all(float(op["check"]["float32"]) < 1e-5 for op in on_cpu.values())
     for op in report["ops"]:
         assert op["path"] is not None or op["why"]
     on_gpu = torch.cuda.is_available() and libraries["cuda"]["loaded"]
@@ -259,11 +260,11 @@ def test_doctor_fails_when_the_ops_do_not_load(fmd, monkeypatch):
 
 
 def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
-    from fmd_ext.cli import selftest
+    from fmd_ext.ops import selftest
 
     monkeypatch.setattr(selftest.ops, "merge_", lambda *arguments: None)
     code, out, _ = fmd("doctor")
-    assert code == 1 and "problem: merge_ on cpu gives a wrong result" in out
+    assert code == 1 and "problem: on cpu, merge_ of float32 gives a wrong result" in out
 
 
 def test_the_entry_point_runs_in_a_process_of_its_own():
