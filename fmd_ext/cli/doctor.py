@@ -191,7 +191,7 @@ def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
             report["problems"].append(_one_line(error))
         return []
     if torch.cuda.is_available() and not found["cuda"].loaded:
-        report["warnings"].append(f"there is a GPU, but the ops run on the CPU only: {found['cuda'].reason}")
+        report["warnings"].append(f"there is a GPU, and no kernel of fmd_ext runs on it: {found['cuda'].reason}")
     return [
         {"device": lib.device, "path": str(lib.path), "loaded": lib.loaded, "reason": lib.reason}
         for lib in found.values()
@@ -199,43 +199,9 @@ def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every op on every device: the code that runs, why that one, and how far a small result is from plain PyTorch."""
-    from fmd_ext.ops import library, selftest
+    from fmd_ext.cli import doctor_ops
 
-    isa, isas = library.cpu_isa(), library.cpu_isas()
-    asked = os.environ.get("FMD_EXT_CPU_ISA")
-    why = (
-        f"FMD_EXT_CPU_ISA={asked}" if asked and asked != "auto" else f"the best of {', '.join(isas)} that this CPU runs"
-    )
-    devices = [("cpu", f"csrc/cpu, {isa}", why)]
-    special = {("append_", "cpu"): ("csrc/cpu, plain copy", "it only moves bytes")}
-    cuda = library.load()["cuda"]
-    if cuda.loaded and torch.cuda.is_available():
-        devices.append(("cuda", "csrc/cuda", f"{cuda.path.name} is loaded"))
-        asked = os.environ.get("FMD_EXT_CUDA_PREFILL") or "auto"
-        why = f"FMD_EXT_CUDA_PREFILL={asked}"
-        if asked == "auto":
-            why += "; the kernel for compute capability 9.0, sm90, has not passed its tests on a device yet"
-        special["branched_prefill", "cuda"] = (f"csrc/cuda, {library.cuda_prefill()}", why)
-    else:
-        reason = cuda.reason or "torch sees no CUDA device"
-        devices.append(("cuda", None, reason))
-
-    ops = []
-    for device, path, reason in devices:
-        errors = selftest.errors(torch.device(device)) if path is not None else {}
-        for name in selftest.CHECKS:
-            used, because = special.get((name, device), (path, reason))
-            entry: dict[str, Any] = {"op": name, "device": device, "path": used, "why": because}
-            if path is not None:
-                outcome = errors[name]
-                entry["check"] = outcome if isinstance(outcome, str) else f"{outcome:.1e}"
-                if isinstance(outcome, str):
-                    report["problems"].append(f"{name} on {device} fails: {outcome}")
-                elif not outcome <= selftest.TOLERANCE:
-                    report["problems"].append(f"{name} on {device} gives a wrong result, off by {entry['check']}")
-            ops.append(entry)
-    return ops
+    return doctor_ops.examine(report["problems"])
 
 
 def _forked_calls(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -321,9 +287,9 @@ def _library_line(library: dict[str, Any]) -> str:
 
 
 def _op_line(op: dict[str, Any]) -> str:
-    if op["path"] is None:
-        return f"no implementation: {op['why']}"
-    return f"{op['path']}: {op['why']}; differs from plain PyTorch by {op['check']}"
+    from fmd_ext.cli import doctor_ops
+
+    return doctor_ops.line(op)
 
 
 def _call_line(call: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
 from fmd_ext.engine.session import Session
+from fmd_ext.ops import dispatch
 
 from .fingerprint import hooked
 from .loop import StaticLoop
@@ -98,6 +99,9 @@ class DecodeRunner:
         places = {parameter.device for parameter in self.decoder.parameters()}
         if len(places) != 1:
             return f"the decoder lies on {len(places)} devices"
+        path = dispatch.of_decoder(self.decoder)
+        if path.name == "torch":
+            return f"attention runs by torch's own operations, which no graph can capture: {path.why}"
         if StaticStep.has_graphs(model.device) and (name := hooked(model)):
             return f"{name} has a forward hook, which the replay of a graph would not run"
         rope = getattr(self.decoder.rotary_emb, "rope_type", "default")

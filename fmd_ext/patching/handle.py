@@ -14,6 +14,7 @@ from fmd_ext.engine.auto import OpenCall
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.forward import ForkedDecoder, MergeHook
 from fmd_ext.engine.session import Session
+from fmd_ext.ops import dispatch
 from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate
@@ -88,6 +89,17 @@ class Handle:
     def last_call(self) -> Call | None:
         """The decoder's last forward call that succeeded; None before the first, and with 0 fork layers."""
         return self.session.last_call
+
+    @property
+    def attention_runs_on(self) -> str:
+        """The code that computes the decoder's attention: "kernel" or "torch", and why where there is a reason.
+
+        "model": with 0 fork layers the model's own code runs.
+        """
+        if not (self.config.fork_layers or self.runner.wanted):
+            return "model"
+        path = dispatch.of_decoder(self.decoder)
+        return f"{path.name}: {path.why}" if path.why else path.name
 
     def labels(self, modality_labels: Any) -> contextlib.AbstractContextManager:
         """A context in which the calls' positions carry ``modality_labels`` [batch, length].

@@ -110,7 +110,7 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
         (("diagnose", *ASK[1:], "--json", "no/facts.json"), "there is no folder no to write it in"),
         (("diagnose", *ASK[1:], "--plots", "clip.mp4"), "clip.mp4 is a file, not a folder to write in"),
         (("curves", "results", "--json", "no/curves.json"), "there is no folder no to write it in"),
-        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N and spread"),
+        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N, xpu, mps and spread"),
         ((*ASK, "--model", "./nowhere"), "model ./nowhere: there is no such folder"),
         ((*ASK, "--model", "./other"), "is of type 'llama'; supported types are qwen2_5_omni"),
         ((*ASK, "--model", "./bare"), "processor of ./bare: "),

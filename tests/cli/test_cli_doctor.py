@@ -31,7 +31,8 @@ def test_doctor_reports_json(fmd):
     on_cpu = {op["op"]: op for op in report["ops"] if op["device"] == "cpu"}
     assert set(on_cpu) == set(ops.__all__)
     assert library.cpu_isa() in on_cpu["branched_prefill"]["path"]
-    assert all(float(op["check"]) < 1e-5 and op["why"] for op in on_cpu.values())
+    assert all(op["check"].keys() == {"float32", "bfloat16", "float16"} and op["why"] for op in on_cpu.values())
+    assert all(float(op["check"]["float32"]) < 1e-5 for op in on_cpu.values())
     for op in report["ops"]:
         assert op["path"] is not None or op["why"]
     calls = {call["masking"]: call for call in report["forked_calls"] if call["device"] == "cpu"}
