@@ -19,7 +19,7 @@ def fingerprint(*parts: nn.Module) -> int:
     A graph replays what it was captured from, whatever becomes of the model. Adapters (LoRA) switched on, merged or
     scaled, a model moved, a layer replaced: all show here. Weights changed in place do not, and need not.
     """
-    seen = []
+    seen: list[tuple[Any, ...]] = []
     for module in (module for part in parts for module in part.modules()):
         seen.append((id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)))
         seen.extend((name, id(tensor), _address(tensor), tensor.dtype) for name, tensor in _tensors(module))

@@ -148,7 +148,7 @@ class Handle:
                 put.override(module, "forward", FusedRotation, self.adapter.rotary)
         for module in (m for part in (*decoder.layers, decoder.norm) for m in part.modules() if is_plain(m)):
             put.override(module, "forward", FusedNorm)
-        first = 1 if self.config.fork_layers == AUTO else self.config.fork_layers
+        first = self.config.fork_layers if isinstance(self.config.fork_layers, int) else 1  # auto forks at least one
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             put.pre_hook(module, MergeHook(self.session, index))
 
@@ -186,8 +186,8 @@ def patch(
 ) -> Handle:
     """Switches fork-merge decoding on for ``model`` (this instance only).
 
-    Until `unpatch`, the decoder's attention modules read the ``attn_implementation`` ``"fmd_ext"``, whatever the model was
-    loaded with; encoders, and the model's own config, keep theirs.
+    Until `unpatch`, the decoder's attention modules read the ``attn_implementation`` ``"fmd_ext"``, whatever the model
+    was loaded with; encoders, and the model's own config, keep theirs.
 
     Args:
         model: a supported transformers model: see ``fmd_ext.adapters.ADAPTERS``. The full Qwen2.5-Omni is patched in
