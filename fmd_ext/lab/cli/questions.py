@@ -74,17 +74,22 @@ def _calibration_videos(config: str | None, loaded: Loaded) -> set[str]:
     return named | {item.video for item in loaded.items if item.id in ids}
 
 
+def refuse_malformed(args: argparse.Namespace, loaded: Loaded) -> None:
+    """Raises UserError where records cannot be used, unless ``--allow-malformed`` says that this is known."""
+    if loaded.malformed and not args.allow_malformed:
+        raise UserError(
+            f"{len(loaded.malformed)} records are not as published, the first: {loaded.malformed[0]}; --check lists "
+            "them, --allow-malformed leaves them out"
+        )
+
+
 def usable(args: argparse.Namespace, loaded: Loaded, items: Sequence[Item]) -> list[Item]:
     """The items whose video is there.
 
     Raises UserError where records cannot be used or videos are missing, unless ``--allow-malformed`` and
     ``--allow-missing`` say that this is known.
     """
-    if loaded.malformed and not args.allow_malformed:
-        raise UserError(
-            f"{len(loaded.malformed)} records are not as published, the first: {loaded.malformed[0]}; --check lists "
-            "them, --allow-malformed leaves them out"
-        )
+    refuse_malformed(args, loaded)
     there = [item for item in items if item.path is not None]
     if len(there) < len(items) and not args.allow_missing:
         lacking = sorted({item.video for item in items if item.path is None})

@@ -104,6 +104,8 @@ def show_speed(console: Console, speed: dict[str, Any]) -> None:
 
 
 def _show_speed(console: Console, evaluation: Evaluation, names: dict[str, str]) -> None:
+    if not evaluation.speed:
+        return
     shown = Table(title="time in this run (medians; the ratio is of the same batch)", title_justify="left")
     for name in (
         "",
