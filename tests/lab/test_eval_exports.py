@@ -150,6 +150,15 @@ def test_tables_for_spreadsheets_and_papers(results):
     assert f"& 100.0 $\\pm$ {half:.1f} \\\\" in latex
 
 
+def test_names_that_differ_in_signs_alone_are_told_apart(loaded, tmp_path):
+    results = Results(tmp_path / "results")
+    pairs = {"a b": answers_of(loaded, wrong=[loaded.items[0].id]), "a/b": answers_of(loaded)}
+    take_in(results, loaded, loaded.items, pairs, dict.fromkeys(pairs, "x"))
+    evaluation = evaluate(results)
+    assert evaluation.tables[0].rows[ALL]["a/b"].accuracy.value == 1
+    assert len(set(export(results, evaluation, tmp_path / "out"))) == 8
+
+
 def test_files_for_scorers_and_judges(results, loaded, tmp_path):
     paths = {path.name for path in export(results, evaluate(results), tmp_path / "out")}
     assert paths == {path.name for path in (tmp_path / "out").iterdir()} and len(paths) == 8

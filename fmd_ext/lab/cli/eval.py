@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.hardware import cpu_model
-from fmd_ext.lab.cli.questions import choose, held_out, ids_of, load_questions, refuse_malformed, usable
+from fmd_ext.lab.cli.questions import choose, ids_of, load_questions, refuse_malformed, usable
 from fmd_ext.lab.cli.scores import show_evaluation, show_speed
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, unreadable
 from fmd_ext.lab.eval.clips import Reading
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.benchmark is None or args.data is None:
         raise UserError("--benchmark and --data say what to ask (or --score-only, --list)")
     loaded = load_questions(args)
-    items, calibration = held_out(args, loaded, choose(args, loaded.items))
+    items, calibration = choose(args, loaded)
     with blaming_input(ValueError, OSError):
         choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
         decoding = Decoding(
@@ -114,7 +115,7 @@ def _answer(
         reading=reading,
         context_limit=model.context_limit,
     )
-    with blaming_input(ResultsError, ValueError, TypeError, OSError, DeviceLost), notes_from_warnings():
+    with blaming_input(ResultsError, ValueError, TypeError, OSError), _going_on(), notes_from_warnings():
         in_force = {}
         for choice in choices:  # a setting out of range is found before the first question
             with choice.applied(model.model) as settings:
@@ -133,14 +134,23 @@ def _answer(
     if rank != 0:
         return 0
     failed = {p.item for p in results.predictions().values() if p.error is not None} & {item.id for item in items}
-    if args.speed:
-        timed = [item for item in items if item.id not in failed][: args.speed]
+    timed = [item for item in items if item.id not in failed][: args.speed or 0]
+    if timed:
         with blaming_input(ValueError, OSError), notes_from_warnings():
             write_speed(results, measure(runner, timed))
     _score(args, results)
     if failed:
         show.note(f"{len(failed)} questions failed, their reasons are above; --retry-failed asks them again")
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """A lost device is no fault of the input, and the run is not lost."""
+    try:
+        yield
+    except DeviceLost as error:
+        raise UserError(f"{error}; the same command in a new process goes on behind this question") from error
 
 
 def _tell_about(model: LoadedModel, decoding: Decoding) -> None:

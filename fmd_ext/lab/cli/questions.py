@@ -20,12 +20,15 @@ def load_questions(args: argparse.Namespace) -> Loaded:
         return load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
 
 
-def choose(args: argparse.Namespace, items: Sequence[Item]) -> list[Item]:
-    """Those that the command line chooses."""
+def choose(args: argparse.Namespace, loaded: Loaded) -> tuple[list[Item], dict[str, Any]]:
+    """The items that the command line chooses, and what `held_out` records of the others.
+
+    A limit counts what is left when the calibration's videos are left out.
+    """
     with blaming_input(ValueError, OSError):
-        return select(
-            items, limit=args.limit, ids=ids_of(args.item), categories=args.category, exclude=ids_of(args.exclude)
-        )
+        named = select(loaded.items, ids=ids_of(args.item), categories=args.category, exclude=ids_of(args.exclude))
+        items, calibration = held_out(args, loaded, named)
+        return select(items, limit=args.limit), calibration
 
 
 def ids_of(arguments: Sequence[str]) -> list[str]:

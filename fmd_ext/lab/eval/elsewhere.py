@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -80,7 +81,8 @@ def take_in(
 
 
 def _path(results: Results, method: str) -> Path:
-    return results.folder / "shares" / f"elsewhere-{re.sub(r'[^-.0-9A-Za-z]+', '-', method)}.jsonl"
+    digest = hashlib.sha256(method.encode()).hexdigest()[:8]  # names that differ in their signs alone
+    return results.folder / "shares" / f"elsewhere-{re.sub(r'[^-.0-9A-Za-z]+', '-', method)}-{digest}.jsonl"
 
 
 def _predictions_of_runs(results: Results) -> list[Prediction]:

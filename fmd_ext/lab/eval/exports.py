@@ -40,6 +40,8 @@ def export(results: Results, evaluation: Evaluation, folder: str | Path) -> list
         said = [(items[p.item], p.raw) for p in predictions.values() if p.method == method and p.error is None]
         first = list({item.id: (item, raw) for item, raw in reversed(said)}.values())[::-1]  # of several samples
         stem = re.sub(r"[^-.\w]+", "-", name)
+        if folder / f"answers-{stem}.jsonl" in paths:  # names that differ in their signs alone
+            stem += f"-{len(paths)}"
         answers = [{"id": item.id, "video": item.video, "reference": item.answer, "answer": raw} for item, raw in first]
         paths.append(_write(folder / f"answers-{stem}.jsonl", _lines(answers)))
         records = OFFICIAL[evaluation.settings["benchmark"]](first)
