@@ -139,8 +139,7 @@ class Handle:
             put.pre_hook(module, MergeHook(self.session, index))
 
     def _decoder_call(self, call: dict[str, Any]) -> contextlib.AbstractContextManager:
-        past, given = cached(call), call.get("inputs_embeds")
-        given = call.get("input_ids") if given is None else given
+        past, given = cached(call), call.get("inputs_embeds", call.get("input_ids"))
         if call.get("modality_labels") is not None and given is not None:
             covering(call["modality_labels"], past + given.shape[1])
         is_prompt = not past
