@@ -240,6 +240,8 @@ def _strip(module: nn.Module) -> None:
     held = module.__dict__
     for method in held.pop(OVERRIDES, {}):
         held.pop(method, None)
+    for name in [name for name in held if name.startswith("_fmd")]:
+        del held[name]
     if isinstance(held.get("config"), BranchedConfig):
         held["config"] = original_config(held["config"])
     for key, hook in list(module._forward_pre_hooks.items()):
