@@ -11,6 +11,18 @@ die() {
   exit 1
 }
 
+# quietly WHAT COMMAND...: says WHAT, and of what the command says nothing but where it fails.
+quietly() {
+  local what="$1" said status=0
+  shift
+  echo "fmd_ext: $what"
+  said="$("$@" 2>&1)" || status=$?
+  if ((status)); then
+    echo "$said" >&2
+    die "$what: failed, as told above"
+  fi
+}
+
 check_python() {
   local python="$1"
   command -v "$python" >/dev/null || die "no $python found: install Python 3.10 or newer, or set PYTHON."
@@ -51,10 +63,13 @@ make_environment() {
   if is_built "$stamp"; then return; fi
   rm -f "$stamp"
   # torch first: the extension is then built against this one, and pip brings no second one for the build.
-  "$python" -m pip install --constraint constraints.txt torch
+  quietly "installing torch, if it is not there yet (a few minutes)" \
+    "$python" -m pip install --constraint constraints.txt torch
   # Editable: what runs is this folder, also under `python -m fmd_ext.…` started in it.
-  "$python" -m pip install --constraint constraints.txt --editable ".$extras"
+  quietly "building the extension, installing it and what it needs (a few minutes)" \
+    "$python" -m pip install --constraint constraints.txt --editable ".$extras"
   say_what_was_built
+  echo "fmd_ext: the command line is $venv/bin/fmd-ext"
   fingerprint >"$stamp"
 }
 
@@ -63,6 +78,7 @@ build_in_place() {
   # Of this interpreter alone: the extension module is another one for each Python.
   local stamp="build/in_place_$("$python" -c 'import sys; print(sys.implementation.cache_tag)')"
   if is_built "$stamp"; then return; fi
+  mkdir -p build
   "$python" setup.py --quiet build_ext --inplace --build-temp build/in_place
   say_what_was_built
   fingerprint >"$stamp"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 
+import huggingface_hub
 import pytest
 
 import fmd_ext
+from fmd_ext.cli.main import _parser, main
 from fmd_ext.lab.tiny import save_random_model, write_clip
 from paths import ROOT
 
@@ -38,3 +41,41 @@ def test_links_lead_somewhere(page):
     targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if not t.startswith("https://")]
     missing = [t for t in targets if not ((ROOT / page).parent / t).exists()]
     assert missing == []
+
+
+def documented_commands():
+    """Every line of ``fmd-ext`` in the shell blocks of README and docs, without its comment."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return list(dict.fromkeys(line.strip() for line in lines if line.startswith("fmd-ext ")))
+
+
+def test_documented_commands_are_understood():
+    assert len(documented_commands()) > 5
+    for command in documented_commands():
+        arguments = shlex.split(command, comments=True)[1:]
+        try:
+            _parser().parse_args(arguments)
+        except SystemExit as exit_:
+            assert exit_.code == 0, command
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """Beside a clip, without a network: each works, or says in one line why it cannot."""
+    write_clip(tmp_path / "clip.mp4", seconds=1.0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    commands = [command for command in documented_commands() if command in README]
+    assert {shlex.split(command)[1] for command in commands} >= {"ask", "verify", "diagnose", "eval", "doctor"}
+    for command in commands:
+        arguments = shlex.split(command, comments=True)[1:]
+        try:
+            code = main(arguments)
+        except SystemExit as exit_:  # --help
+            code = exit_.code
+        out, err = capsys.readouterr()
+        if "--model" in arguments:
+            assert code == 2 and out == "" and len(err.splitlines()) == 1 and "hub cannot be reached" in err, command
+        else:
+            assert code == 0 and out, (command, err)

@@ -48,7 +48,7 @@ const char* fmd_ext_select_cuda_prefill(const char* name) {
   return reason.c_str();
 }
 
-// "auto" is sm80 until the other kernel has passed its tests on a device.
+// "auto" is sm80 until the other kernel is known to be faster: both have passed their tests on a device of 9.0.
 const char* fmd_ext_cuda_prefill() {
   using namespace fmd::cuda;
   return kChoices[static_cast<int>(choice == Choice::kSm90 ? Choice::kSm90 : Choice::kSm80)];

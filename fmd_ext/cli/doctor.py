@@ -18,6 +18,7 @@ import fmd_ext
 from fmd_ext import compat
 from fmd_ext.config import MASKINGS
 from fmd_ext.hardware import cpu_model
+from fmd_ext.serve import environment
 from fmd_ext.torchvision_mend import mend_torchvision, torchvision_advice
 
 SUPPORTED_TORCH = (2, 10)
@@ -61,6 +62,7 @@ def examine() -> dict[str, Any]:
     report["ops"] = _ops(report) if report["libraries"] else []
     report["forked_calls"] = _forked_calls(report)
     report["decode_runner"] = _decode_runner(report)
+    environment.examine(report)
     return report
 
 
@@ -111,9 +113,10 @@ def _build(report: dict[str, Any]) -> dict[str, Any] | None:
         if facts is None:
             report["problems"].append(f"the planner module fmd_ext._core cannot be imported: {_one_line(error)}")
         else:
+            advice = "; with one, pip install --force-reinstall --no-deps --no-cache-dir compiles"
             report["warnings"].append(
-                f"nothing is compiled in this installation, torch's own attention serves: {facts['reason']}; with a "
-                "C++ compiler, pip install --force-reinstall --no-deps --no-cache-dir compiles"
+                f"nothing is compiled in this installation, torch's own attention serves: {facts['reason']}"
+                + (advice if "no C++ compiler" in facts["reason"] else "")
             )
         return facts
     facts = {"compiled": True, **_core.build_info()}
@@ -188,7 +191,7 @@ def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
             report["problems"].append(_one_line(error))
         return []
     if torch.cuda.is_available() and not found["cuda"].loaded:
-        report["warnings"].append(f"there is a GPU, but the ops run on the CPU only: {found['cuda'].reason}")
+        report["warnings"].append(f"there is a GPU, and no kernel of fmd_ext runs on it: {found['cuda'].reason}")
     return [
         {"device": lib.device, "path": str(lib.path), "loaded": lib.loaded, "reason": lib.reason}
         for lib in found.values()
@@ -196,44 +199,9 @@ def _libraries(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ops(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every op on every device: the code that runs, why that one, and how far a small result is from plain PyTorch."""
-    from fmd_ext.cli import selftest
-    from fmd_ext.ops import library
+    from fmd_ext.cli import doctor_ops
 
-    isa, isas = library.cpu_isa(), library.cpu_isas()
-    asked = os.environ.get("FMD_EXT_CPU_ISA")
-    why = (
-        f"FMD_EXT_CPU_ISA={asked}" if asked and asked != "auto" else f"the best of {', '.join(isas)} that this CPU runs"
-    )
-    devices = [("cpu", f"csrc/cpu, {isa}", why)]
-    special = {("append_", "cpu"): ("csrc/cpu, plain copy", "it only moves bytes")}
-    cuda = library.load()["cuda"]
-    if cuda.loaded and torch.cuda.is_available():
-        devices.append(("cuda", "csrc/cuda", f"{cuda.path.name} is loaded"))
-        asked = os.environ.get("FMD_EXT_CUDA_PREFILL") or "auto"
-        why = f"FMD_EXT_CUDA_PREFILL={asked}"
-        if asked == "auto":
-            why += "; the kernel for compute capability 9.0, sm90, has not passed its tests on a device yet"
-        special["branched_prefill", "cuda"] = (f"csrc/cuda, {library.cuda_prefill()}", why)
-    else:
-        reason = cuda.reason or "torch sees no CUDA device"
-        devices.append(("cuda", None, reason))
-
-    ops = []
-    for device, path, reason in devices:
-        errors = selftest.errors(torch.device(device)) if path is not None else {}
-        for name in selftest.CHECKS:
-            used, because = special.get((name, device), (path, reason))
-            entry: dict[str, Any] = {"op": name, "device": device, "path": used, "why": because}
-            if path is not None:
-                outcome = errors[name]
-                entry["check"] = outcome if isinstance(outcome, str) else f"{outcome:.1e}"
-                if isinstance(outcome, str):
-                    report["problems"].append(f"{name} on {device} fails: {outcome}")
-                elif not outcome <= selftest.TOLERANCE:
-                    report["problems"].append(f"{name} on {device} gives a wrong result, off by {entry['check']}")
-            ops.append(entry)
-    return ops
+    return doctor_ops.examine(report["problems"])
 
 
 def _forked_calls(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -305,6 +273,7 @@ def _print(report: dict[str, Any]) -> None:
     section("forked calls", calls or [("not tried", "see the problems below")])
     runner = report["decode_runner"]
     section("decode runner", [("by default", f"{'on' if runner['on_by_default'] else 'off'}: {runner['why']}")])
+    section("serving", [("vLLM", environment.in_words(report["serving"]))])
     for warning in report["warnings"]:
         print(f"warning: {warning}")
     for problem in report["problems"]:
@@ -318,9 +287,9 @@ def _library_line(library: dict[str, Any]) -> str:
 
 
 def _op_line(op: dict[str, Any]) -> str:
-    if op["path"] is None:
-        return f"no implementation: {op['why']}"
-    return f"{op['path']}: {op['why']}; differs from plain PyTorch by {op['check']}"
+    from fmd_ext.cli import doctor_ops
+
+    return doctor_ops.line(op)
 
 
 def _call_line(call: dict[str, Any]) -> str:

@@ -6,11 +6,12 @@ import argparse
 import importlib.util
 
 from fmd_ext.cli.errors import UserError
+from fmd_ext.torchvision_mend import torchvision_advice
 
-EXTRAS = {  # the module to look for, and the extra of the package that brings it
-    "torchvision": "omni",
-    "scipy": "eval",
-    "matplotlib": "plots",
+INSTALL = {  # what brings a module
+    "torchvision": torchvision_advice,  # the one that fits the installed torch
+    "scipy": lambda: "pip install 'fmd-ext[eval]'",
+    "matplotlib": lambda: "pip install 'fmd-ext[plots]'",
 }
 
 
@@ -18,9 +19,7 @@ def check_extras(args: argparse.Namespace) -> None:
     """Raises UserError naming the first package that the command line needs and that is not installed."""
     for module, purpose in _needed(args).items():
         if importlib.util.find_spec(module) is None:
-            raise UserError(
-                f"{purpose} needs {module}, which is not installed: pip install 'fmd-ext[{EXTRAS[module]}]'"
-            )
+            raise UserError(f"{purpose} needs {module}, which is not installed: {INSTALL[module]()}")
 
 
 def _needed(args: argparse.Namespace) -> dict[str, str]:

@@ -21,7 +21,11 @@ LAB_COMMANDS = ("calibrate", "curves", "demo", "diagnose", "eval")  # their code
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 1 (doctor found something wrong), 2 (wrong input) or 130 (Ctrl-C)."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if args.command == "serve":
+        args.vllm = more
+    elif more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         if uses_built_in_model(args):
             print(f"note: {TOY_MODEL}; --model NAME takes another", file=sys.stderr)
@@ -100,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what is installed, which code the ops run, and what is wrong")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     _add_debug(doctor)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model by vLLM, with fork-merge decoding",
+        epilog="All other flags are those of `vllm serve`, which is printed and then run.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", metavar="MODEL", help="folder or hub name, or built-in for a tiny one; comes first")
+    serve.add_argument("--print-only", action="store_true", help="print the command, and do not run it")
+    _add_method(serve)
+    _add_debug(serve)
 
     verify = commands.add_parser("verify", help="hold a model, with its own weights, to two plain passes of itself")
     verify.add_argument("clip", metavar="CLIP", nargs="?", help="video with sound (default: one made on the spot)")

@@ -57,7 +57,7 @@ def load_model(source: str | None, dtype: str = "auto", device: str = "auto") ->
     """
     target = _device(device)
     if source is not None:
-        if _is_path(source) and not Path(source).is_dir():
+        if is_path(source) and not Path(source).is_dir():
             raise UserError(f"model {source}: there is no such folder")
         with _progress_bars(sys.stderr.isatty()), reachable(source):
             return _load(source, source, dtype, target)
@@ -107,7 +107,7 @@ def _load(source: str, name: str, dtype: str, device: torch.device | None) -> Lo
     return LoadedModel(model.eval(), processor, name, bool(config.get(RANDOM_MARK, False)))
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
     """A hub name is ``owner/name`` or ``name``."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
@@ -119,14 +119,16 @@ def _device(name: str) -> torch.device | None:
             raise UserError("device 'spread' is the work of accelerate, which is not installed: pip install accelerate")
         return None
     if name == "auto":
-        from fmd_ext.ops import library
-
-        return torch.device("cuda" if torch.cuda.is_available() and library.load()["cuda"].loaded else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"device {name!r}: accepted are auto, cpu, cuda, cuda:N and spread")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", name):
+        raise UserError(f"device {name!r}: accepted are auto, cpu, cuda, cuda:N, xpu, mps and spread")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: torch {torch.__version__} sees no CUDA device here")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {name!r}: torch {torch.__version__} sees no such device here")
+    if device.type == "xpu" and not torch.xpu.is_available():
+        raise UserError(f"device {name!r}: torch {torch.__version__} sees no such device here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
     return device

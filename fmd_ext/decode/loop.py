@@ -8,28 +8,36 @@ host reads the flag, feeds a streamer and launches what comes next. Where there 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from fmd_ext.compat import cache_kwargs, cache_name
+from fmd_ext.decode.sequence import StepSequence
 
-if TYPE_CHECKING:
-    from .runner import DecodeRunner
+# (model, cache, arguments of the first step, the most steps that can follow) -> the steps
+Begin = Callable[[nn.Module, Any, dict[str, Any], int], StepSequence]
 
 
 class StaticLoop:
     """A ``custom_generate`` callable: transformers prepares a call as ever and hands its token loop over.
 
     Args:
-        runner: gives the steps.
+        begin: gives the steps.
         call: the arguments of ``generate``, for those that transformers does not hand on.
+        run_ahead: see `DecodeRunner`.
+
+    Attributes:
+        report: what the steps ran on, once the call has ended.
     """
 
-    def __init__(self, runner: DecodeRunner, call: dict[str, Any]) -> None:
-        self.runner = runner
+    def __init__(self, begin: Begin, call: dict[str, Any], run_ahead: bool | None) -> None:
+        self.begin = begin
+        self.run_ahead = run_ahead
+        self.report = "decode runner: no step was needed"
         self.streamer = call.get("streamer")
         self.cache_is_given = call.get(cache_name()) is not None
 
@@ -54,8 +62,8 @@ class StaticLoop:
 
         select = Selection(generation_config, stopping_criteria, input_ids)
         max_length = stopping_criteria.max_length
-        run_ahead = self.runner.run_ahead if self.runner.run_ahead is not None else input_ids.device.type == "cuda"
-        decoding, undo = None, 0
+        run_ahead = self.run_ahead if self.run_ahead is not None else input_ids.device.type == "cuda"
+        steps, undo = None, 0
         try:
             while True:
                 scores = logits_processor(input_ids, logits)
@@ -66,12 +74,12 @@ class StaticLoop:
                 input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
                 select.send(stopping_criteria(input_ids, records.get("scores")))
                 at_limit = max_length is not None and input_ids.shape[1] >= max_length
-                if decoding is None and not at_limit:
+                if steps is None and not at_limit:
                     call = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
                     remaining = sys.maxsize if max_length is None else max_length - input_ids.shape[1]
-                    decoding = self.runner.begin(model, cache, call, remaining)
+                    steps = self.begin(model, cache, call, remaining)
                 if run_ahead and not at_limit:
-                    raw = decoding.feed(tokens)
+                    raw = steps.feed(tokens)
                     undo = 1
                 tokens_on_host, stops = select.receive()
                 if self.streamer is not None:
@@ -79,13 +87,13 @@ class StaticLoop:
                 if stops or at_limit:
                     break
                 if not run_ahead:
-                    raw = decoding.feed(tokens)
+                    raw = steps.feed(tokens)
                 undo = 0
                 logits = raw.to(copy=True, dtype=torch.float32, device=input_ids.device)
         finally:
-            if decoding is not None:
-                decoding.close(undo, keep_cache=wants_dict or self.cache_is_given)
-        self.runner.last = "decode runner: no step was needed" if decoding is None else decoding.describe()
+            if steps is not None:
+                steps.close(undo, keep_cache=wants_dict or self.cache_is_given)
+                self.report = steps.describe()
         if self.streamer is not None:
             self.streamer.end()
         if not wants_dict:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from fmd_ext import _core, ops
+from fmd_ext import ops
 from fmd_ext.config import AUTO
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
+from fmd_ext.engine.planner import make_plan
 from fmd_ext.engine.prompt import Prompt, modality_bits
 from fmd_ext.engine.segments import SegmentTable
 from fmd_ext.engine.session import Session
@@ -197,9 +198,7 @@ class BranchedState:
         modalities = self.modalities | modality_bits(labels) | (0 if announced is None else announced)
         phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
         masking = self.session.config.masking
-        raw = _core.make_plan(
-            labels, self.fork_table.length, self.trunk_table.length[:, 0], phase.astype(np.int8), masking
-        )
+        raw = make_plan(labels, self.fork_table.length, self.trunk_table.length[:, 0], phase.astype(np.int8), masking)
         fork_length = raw.seg_len.reshape(self.batch, NUM_SEGMENTS)
         trunk_length = self.trunk_table.length + (labels >= 0).sum(1, keepdims=True)
         self._reserve(fork_length, raw.phase, trunk_length)

@@ -1,7 +1,7 @@
 """One forward call of a patched decoder: its frozen plan, and what is decided while the layers run.
 
-A call is made per forward and reached one way, as ``session.call``: by the merge, the cache, the attention function and
-the fusions alike. Nothing below writes into the plan.
+A call is made per forward and reached as ``session.call``: by the merge, the cache and the fusions alike. The attention
+function is handed the same one: its module may be a copy, which knows no session. Nothing below writes into the plan.
 """
 
 from __future__ import annotations

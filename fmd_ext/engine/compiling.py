@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+_UNTRACED: list[Callable[..., Any]] = []
+
 
 def as_python(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` as it is; what it calls is not traced either, save what is compiled by itself."""
@@ -33,13 +35,22 @@ def python_only(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         return as_python(function, *args, **kwargs)
 
-    return run
+    return untraced(run)
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: once something has been compiled, Dynamo does not try to compile the frames of this function."""
+    _UNTRACED.append(function)
+    return function
 
 
 @functools.cache
 def _untraced() -> Callable[..., Any]:
     import torch
 
+    skip = getattr(torch._dynamo.decorators, "skip", None)  # seen in torch 2.13
+    for function in (*_UNTRACED, as_python) if skip is not None else ():
+        skip(function)
     return torch.compiler.disable(_apply, reason="fmd_ext runs as Python")
 
 

@@ -22,12 +22,11 @@ from fmd_ext.engine.call import Call
 from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.outputs import unpack_outputs
 from fmd_ext.engine.plan import Plan
-from fmd_ext.engine.prompt import UNREAD_BRANCHES, Prompt, check_labels, modality_bits
+from fmd_ext.engine.prompt import UNREAD_BRANCHES, Prompt, check_labels, covering, modality_bits
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import JOINT, PADDING, TEXT
 
 ATTENTION_NAME = "fmd_ext"
-SESSION = "_fmd_session"  # attribute of the attention modules, through which they reach the running call
 
 
 @python_only
@@ -39,6 +38,7 @@ def branched_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    fmd_call: Call | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over slot pools.
@@ -51,11 +51,11 @@ def branched_attention(
     Returns:
         [1, rows, num_qo_heads, head_dim], and None for the weights, which are never materialised.
     """
-    session: Session | None = module.__dict__.get(SESSION)
-    call = None if session is None else session.call
+    call = fmd_call
     if call is None:
         raise RuntimeError(
-            f"{type(module).__name__} was called outside of its decoder's forward, which alone knows the rows of a call"
+            f"{type(module).__name__} did not pass its keyword arguments on to the attention function, so fmd_ext "
+            "cannot run in it"
         )
     extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
     extras += ["sliding_window"] * is_window(kwargs.get("sliding_window"), module.config)
@@ -167,9 +167,9 @@ class ForkedDecoder:
         if not is_prepared:
             check_length(decoder, past + embeds.shape[1])
             if labels is not None:
-                prompt = Prompt(check_labels(labels, len(embeds)))
+                prompt = Prompt(covering(check_labels(labels, len(embeds)), past + embeds.shape[1]))
             else:
-                prompt = self.session.incoming or self._prompt_of_direct_call(embeds, past, state)
+                prompt = self._prompt(embeds, past, state)
             labels, announced = self._labels(embeds, past, prompt)
             if not _is_generated(prompt, state, mask, embeds.shape[1]):
                 _apply_padding(labels, mask, past, state)
@@ -180,6 +180,7 @@ class ForkedDecoder:
         given["inputs_embeds"] = self._pack_embeds(embeds, branches, call.plan)
         given["position_ids"] = self._pack_positions(positions, embeds, call.plan, past)
         given.update({self.cache_name: cache}, use_cache=True, attention_mask=None, return_dict=True)
+        given["fmd_call"] = call  # for attention modules, which may be copies that know no session of ours
         with self.session.running(call):
             out = self.original(**given)
         if not is_prepared:
@@ -188,8 +189,12 @@ class ForkedDecoder:
         out = unpack_outputs(out, call.plan, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
-    def _prompt_of_direct_call(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
-        """The prompt of a call that has not come through the entry's forward."""
+    def _prompt(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
+        """The prompt of the entry's forward call, or of `generate` where the call has not come through that forward."""
+        if self.session.incoming is not None:
+            prompt, length = self.session.incoming
+            prompt.check_positions(length, past + embeds.shape[1])
+            return prompt
         generating = self.session.generating
         if generating is not None and (generating.is_one_with(state.prompt) if past else generating.fits(embeds)):
             return generating.begin()

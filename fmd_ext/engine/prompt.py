@@ -105,10 +105,23 @@ class Prompt:
         """Whether ``embeds`` [batch, length, hidden] may be the prompt, of which no call has come yet.
 
         For models whose outer ``generate`` makes embeddings of ids and calls another one with them.
+
+        Raises:
+            ValueError: more embeddings than ids that the labels were read off.
         """
         if self.labels is None or self._origin._has_begun or embeds.shape[0] % len(self.labels):
             return False
-        return embeds.shape[1] == self.labels.shape[1] - self.first
+        length = self.labels.shape[1] - self.first
+        self.check_positions(length, max(length, embeds.shape[1]))
+        return embeds.shape[1] == length
+
+    def check_positions(self, ids: int, positions: int) -> None:
+        """Raises ValueError where labels were read off ``ids`` token ids and the decoder gets other positions."""
+        if self.is_read and self.has_content and ids != positions:
+            raise ValueError(
+                f"the prompt has {ids} token ids, and the decoder gets {positions} positions: labels read off the ids "
+                "would stand beside them. Patch the language model alone, with adapter='text', and give modality_labels"
+            )
 
     def starts(self, given: torch.Tensor | None) -> bool:
         """Whether a call with token ids or embeddings ``given``, on an empty cache, begins this prompt.
@@ -144,6 +157,19 @@ def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
     if unknown.size:
         raise ValueError(f"{accepted}; got {unknown[:5].tolist()}")
     return array.astype(np.int8)
+
+
+def covering(labels: np.ndarray, length: int) -> np.ndarray:
+    """``labels`` [batch, n], given by hand for a sequence of ``length`` positions, or one that later calls go on with.
+
+    Raises ValueError for labels that end before the sequence does: nothing tells which positions they leave out.
+    """
+    if labels.shape[1] < length:
+        raise ValueError(
+            f"modality_labels are for {labels.shape[1]} positions, the sequence has {length}: label every one, 0 where "
+            "it is text, as virtual tokens before the prompt are"
+        )
+    return labels
 
 
 def modality_bits(labels: np.ndarray) -> np.ndarray:

@@ -52,8 +52,8 @@ class Session:
         lock: held by every call: calls of several threads follow one another, since the state is that of one call.
         call: the call that is running, else None.
         last_call: the last call that succeeded; None before the first.
-        incoming: the prompt of the entry's forward call that is running, which the decoder's call belongs to; None
-            where no such call runs.
+        incoming: the prompt of the entry's forward call that is running, which the decoder's call belongs to, and how
+            many positions that call has, cached ones included; None where no such call runs.
         generating: the prompt of the ``generate`` call that is running.
     """
 
@@ -62,7 +62,7 @@ class Session:
         self.config = config
         self.call: Call | None = None
         self.last_call: Call | None = None
-        self.incoming: Prompt | None = None
+        self.incoming: tuple[Prompt, int] | None = None
         self.generating: Prompt | None = None
         self._open_call = open_call
         self._labels: Prompt | None = None
@@ -79,9 +79,9 @@ class Session:
     def labels_of_context(self) -> Prompt | None:
         return self._labels
 
-    def receiving(self, prompt: Prompt) -> contextlib.AbstractContextManager:
-        """The context of a forward call of the entry, whose positions are those of ``prompt``."""
-        return self._holding("incoming", prompt)
+    def receiving(self, prompt: Prompt, length: int) -> contextlib.AbstractContextManager:
+        """The context of a forward call of the entry with ``length`` positions of ``prompt``, cached ones included."""
+        return self._holding("incoming", (prompt, length))
 
     def generating_from(self, prompt: Prompt) -> contextlib.AbstractContextManager:
         """The context of a ``generate`` call."""

@@ -7,6 +7,7 @@ CUDA kernels.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 # Of all ops' schemas together: kSchemaVersion in csrc/include/fmd/library.h.
 SCHEMA_VERSION = 2
 _FOLDER = Path(__file__).resolve().parents[1] / "lib"
+# Written by the build where it could compile nothing: {"compiled": false, "reason": "..."}.
+_BUILD_INFO = Path(__file__).resolve().parents[1] / "_build_info.json"
 _ISA_VARIABLE = "FMD_EXT_CPU_ISA"
 _PREFILL_VARIABLE = "FMD_EXT_CUDA_PREFILL"
 
@@ -39,6 +42,8 @@ _cuda: ctypes.CDLL | None = None
 def load() -> dict[str, Library]:
     """Loads the op libraries once and returns what became of each, by device ("cpu", "cuda").
 
+    An installation without compiled code has none; see `why_not_compiled`.
+
     The environment variable `FMD_EXT_CPU_ISA` (auto, baseline, avx2, avx512) chooses the instruction set of the CPU
     kernels, `FMD_EXT_CUDA_PREFILL` (auto, sm80, sm90) the CUDA kernel of `branched_prefill`.
 
@@ -50,6 +55,10 @@ def load() -> dict[str, Library]:
     """
     global _cpu, _cuda
     if _libraries:
+        return dict(_libraries)
+    if reason := why_not_compiled():
+        for device in ("cpu", "cuda"):
+            _libraries[device] = Library(device, _FOLDER / f"libfmd_ext_{device}.so", False, reason)
         return dict(_libraries)
     found = {"cpu": _load("cpu")}
     _cpu = _functions(found["cpu"].path, "fmd_ext_select_cpu_isa", "fmd_ext_cpu_isa", "fmd_ext_cpu_isas")
@@ -66,6 +75,23 @@ def load() -> dict[str, Library]:
         _select_from(_PREFILL_VARIABLE, select_cuda_prefill)
     _libraries.update(found)
     return dict(_libraries)
+
+
+def why_not_compiled() -> str:
+    """Why this installation has no compiled code, as its build wrote down; "" for one that should have it.
+
+    Raises:
+        ImportError: what the build wrote down cannot be read.
+    """
+    if not _BUILD_INFO.exists():
+        return ""
+    try:
+        info = json.loads(_BUILD_INFO.read_text())
+        if info["compiled"]:
+            return ""
+        return f"this installation has no compiled code: {info['reason']}"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ImportError(f"{_BUILD_INFO} is damaged ({error}): install fmd_ext again") from None
 
 
 def _load(device: str) -> Library:
@@ -111,16 +137,16 @@ def _select_from(variable: str, select: Callable[[str], None]) -> None:
         raise ValueError(f"environment variable {variable}: {error}") from None
 
 
-def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: "baseline", "avx2" or "avx512"."""
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use: "baseline", "avx2" or "avx512"; None without the CPU library."""
     load()
-    return _cpu.fmd_ext_cpu_isa().decode()
+    return None if _cpu is None else _cpu.fmd_ext_cpu_isa().decode()
 
 
 def cpu_isas() -> list[str]:
     """The instruction sets that this build holds and this CPU runs, best last."""
     load()
-    return _cpu.fmd_ext_cpu_isas().decode().split()
+    return [] if _cpu is None else _cpu.fmd_ext_cpu_isas().decode().split()
 
 
 def select_cpu_isa(name: str) -> None:
@@ -128,9 +154,10 @@ def select_cpu_isa(name: str) -> None:
 
     Raises:
         ValueError: unknown, not in this build, or not supported by this CPU.
+        RuntimeError: the CPU library is not loaded.
     """
-    if _cpu is None:
-        load()
+    if _cpu is None and not load()["cpu"].loaded:
+        raise RuntimeError(f"there is no CPU kernel to choose: {load()['cpu'].reason}")
     reason = _cpu.fmd_ext_select_cpu_isa(name.encode())
     if reason is not None:
         raise ValueError(reason.decode())
@@ -144,7 +171,7 @@ def cuda_prefill() -> str | None:
 
 def select_cuda_prefill(name: str) -> None:
     """Makes `branched_prefill` of this process use a CUDA kernel: "sm80" (any device), "sm90" (compute capability 9.0;
-    elsewhere a prefill then raises RuntimeError) or "auto", which is sm80 until sm90 has passed its tests on a device.
+    elsewhere a prefill then raises RuntimeError) or "auto", which is sm80 until sm90 is known to be faster.
 
     Raises:
         ValueError: unknown.

@@ -1,10 +1,13 @@
 """The operators of fmd_ext: one function per op, every device.
 
 All of them work on a slot pool: K and V of one layer, `[num_kv_heads, num_slots, head_dim]`, in which each sample owns
-ranges of slots. float32, bfloat16 and float16; arithmetic is float32. `head_dim` is a multiple of 8, `num_qo_heads` a
-multiple of `num_kv_heads` (query head h reads kv head `h // heads_per_kv`). Indices are int64. On CUDA (compute
-capability 8.0 and up) attention takes bfloat16 and float16 with `head_dim` 64 and 128, and pools whose rows are 16-byte
-aligned.
+ranges of slots. `num_qo_heads` is a multiple of `num_kv_heads` (query head h reads kv head `h // heads_per_kv`).
+Indices are int64.
+
+An op runs fmd_ext's kernels or torch's own operations, as `fmd_ext.ops.dispatch` decides from device, dtype and
+`head_dim`. The kernels take float32, bfloat16 and float16, a `head_dim` that is a multiple of 8, and rows that are
+contiguous; attention on CUDA takes bfloat16 and float16 with `head_dim` 64 and 128, and pools whose rows are 16-byte
+aligned. Arithmetic is float32 (float64 for float64).
 
 A wrong argument is a ValueError that names the op, the argument, what was given and what is accepted. Index values are
 checked on the CPU only: elsewhere that would wait for the device.
@@ -12,20 +15,29 @@ checked on the CPU only: elsewhere that would wait for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fmd_ext.ops import library
+from fmd_ext.ops import dispatch, library, torch_path
 
-library.load()
-try:
-    _append = torch.ops.fmd_ext.append_.default
-    _rope_append = torch.ops.fmd_ext.rope_append_.default
-    _prefill = torch.ops.fmd_ext.branched_prefill.default
-    _decode = torch.ops.fmd_ext.branched_decode.default
-    _merge = torch.ops.fmd_ext.merge_.default
-except AttributeError as error:
-    raise library.other_sources(library.load()["cpu"].path, str(error)) from None
+if library.load()["cpu"].loaded:
+    try:
+        _append = torch.ops.fmd_ext.append_.default
+        _rope_append = torch.ops.fmd_ext.rope_append_.default
+        _prefill = torch.ops.fmd_ext.branched_prefill.default
+        _decode = torch.ops.fmd_ext.branched_decode.default
+        _merge = torch.ops.fmd_ext.merge_.default
+    except AttributeError as error:
+        raise library.other_sources(library.load()["cpu"].path, str(error)) from None
+    _fake = torch.library.register_fake
+else:  # an installation without compiled code
+    _append, _rope_append, _merge = torch_path.append_, torch_path.rope_append_, torch_path.merge_
+    _prefill, _decode = torch_path.branched_prefill, torch_path.branched_decode
+
+    def _fake(name: str) -> Callable[[Callable], Callable]:
+        return lambda function: function
 
 
 def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -41,7 +53,8 @@ def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor)
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("append_", k, v)
-    _append(k_pool, v_pool, k, v, slots)
+    run = torch_path.append_ if _on_torch(k_pool) else _append
+    run(k_pool, v_pool, k, v, slots)
 
 
 def rope_append_(
@@ -74,7 +87,8 @@ def rope_append_(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("rope_append_", q, k, v)
-    _rope_append(k_pool, v_pool, q_out, q, k, v, cos, sin, slots)
+    run = torch_path.rope_append_ if _on_torch(k_pool) else _rope_append
+    run(k_pool, v_pool, q_out, q, k, v, cos, sin, slots)
 
 
 def branched_prefill(
@@ -114,7 +128,8 @@ def branched_prefill(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("branched_prefill", q, k, v)
-    return _prefill(q, k, v, qo_rows, cu_seqlens_q, key_ranges, max_qo_len, softmax_scale, return_lse)
+    run = torch_path.branched_prefill if _on_torch(q, attention=True) else _prefill
+    return run(q, k, v, qo_rows, cu_seqlens_q, key_ranges, max_qo_len, softmax_scale, return_lse)
 
 
 def branched_decode(
@@ -144,7 +159,8 @@ def branched_decode(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("branched_decode", q, k, v)
-    return _decode(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse)
+    run = torch_path.branched_decode if _on_torch(q, attention=True) else _decode
+    return run(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse)
 
 
 def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor) -> None:
@@ -165,7 +181,14 @@ def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("merge_", hidden)
-    _merge(hidden, home_rows, away_rows, weights)
+    run = torch_path.merge_ if dispatch.runs_on_torch(hidden.device, hidden.dtype) else _merge
+    run(hidden, home_rows, away_rows, weights)
+
+
+def _on_torch(tensor: Tensor, attention: bool = False) -> bool:
+    """Whether an op on `tensor` [..., head_dim] runs by torch's own operations."""
+    head_dim = tensor.shape[-1] if tensor.dim() else None
+    return dispatch.runs_on_torch(tensor.device, tensor.dtype, head_dim, attention)
 
 
 def _refuse_gradients(op: str, *tensors: Tensor) -> None:
@@ -176,27 +199,27 @@ def _refuse_gradients(op: str, *tensors: Tensor) -> None:
 # Shapes and dtypes without data, for torch.compile, torch.export and meta tensors.
 
 
-@torch.library.register_fake("fmd_ext::append_")
+@_fake("fmd_ext::append_")
 def _append_fake(k_pool, v_pool, k, v, slots):
     return None
 
 
-@torch.library.register_fake("fmd_ext::rope_append_")
+@_fake("fmd_ext::rope_append_")
 def _rope_append_fake(k_pool, v_pool, q_out, q, k, v, cos, sin, slots):
     return None
 
 
-@torch.library.register_fake("fmd_ext::branched_prefill")
+@_fake("fmd_ext::branched_prefill")
 def _branched_prefill_fake(q, k, v, qo_rows, cu_seqlens_q, key_ranges, max_qo_len, softmax_scale, return_lse):
     return _attention_outputs(q, return_lse)
 
 
-@torch.library.register_fake("fmd_ext::branched_decode")
+@_fake("fmd_ext::branched_decode")
 def _branched_decode_fake(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse):
     return _attention_outputs(q, return_lse)
 
 
-@torch.library.register_fake("fmd_ext::merge_")
+@_fake("fmd_ext::merge_")
 def _merge_fake(hidden, home_rows, away_rows, weights):
     return None
 

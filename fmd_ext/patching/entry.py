@@ -13,13 +13,12 @@ from fmd_ext.compat import cache_argument
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.cache import state_of
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
-from fmd_ext.engine.prompt import Prompt, check_labels
+from fmd_ext.engine.prompt import Prompt, check_labels, covering
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import TEXT
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
-    covering,
     covering_prompt,
     only_new,
     prompt_ids,
@@ -69,17 +68,16 @@ class EntryForward(_Entry):
                 branch_embeds = call.pop("branch_embeds", None)
             if branch_embeds is not None:
                 prompt = (prompt or Prompt(None)).with_branches(branch_embeds, cached(call))
-            with session.receiving(prompt or Prompt(None)):
+            with session.receiving(prompt or Prompt(None), _length(call)):
                 return self.original(**call)
 
     def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
         """The labels given by hand, else those of the `generate` call that this call is part of, else those of the
         context, else those that the call's own ids, or embeddings, and features tell."""
         ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
-        given = embeds if ids is None else ids
-        length = past + (0 if given is None else given.shape[1])
+        given, length = embeds if ids is None else ids, _length(call)
         if modality_labels is not None:
-            return Prompt(covering(modality_labels, length))
+            return Prompt(covering(check_labels(modality_labels), length))
         generating, context = self.session.generating, self.session.labels_of_context
         if generating is not None and self._is_part_of(generating, call, given, past):
             return generating.begin()
@@ -90,7 +88,7 @@ class EntryForward(_Entry):
         if self.read_labels is None or given is None:
             return None
         labels = self.read_labels.of_embeds(embeds, call) if ids is None else self.read_labels.of_ids(ids, call)
-        return None if labels is None else Prompt(_shifted(labels, past))
+        return None if labels is None else Prompt(_shifted(labels, past), is_read=True)
 
     def _is_part_of(self, prompt: Prompt, call: dict[str, Any], given: torch.Tensor | None, past: int) -> bool:
         """Whether a call with ids or embeddings ``given`` is one of the `generate` call that holds ``prompt``.
@@ -153,12 +151,19 @@ class EntryGenerate(_Entry):
             # In a context, labels may be those of a longer sequence; virtual tokens stand before any.
             is_exact = length is not None and (modality_labels is not None or virtual)
             labels = covering_prompt(labels, length, virtual) if is_exact else check_labels(labels)
-        elif self.read_labels is not None and ids is not None:
-            labels, is_read = self.read_labels.of_ids(ids, call), True
-            if labels is not None:
-                labels = _shifted(labels, past if only_new(ids, mask, past) else 0)
+        elif self.read_labels is not None and (ids is not None or embeds is not None):
+            # Embeddings are those of the whole sequence, as an attention mask is.
+            labels = self.read_labels.of_embeds(embeds, call) if ids is None else self.read_labels.of_ids(ids, call)
+            if is_read := labels is not None:
+                labels = _shifted(labels, past if ids is not None and only_new(ids, mask, past) else 0)
         source = ids if embeds is None else embeds
         return Prompt(labels, source, past, branch_embeds, width, is_read, virtual)
+
+
+def _length(call: dict[str, Any]) -> int:
+    """Positions of a forward call's ids or embeddings, and those that its cache holds."""
+    given = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+    return cached(call) + (0 if given is None else given.shape[1])
 
 
 def _shifted(labels: torch.Tensor, past: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.auto import OpenCall
 from fmd_ext.engine.call import Call
-from fmd_ext.engine.forward import SESSION, ForkedDecoder, MergeHook
+from fmd_ext.engine.forward import ForkedDecoder, MergeHook
 from fmd_ext.engine.session import Session
+from fmd_ext.ops import dispatch
 from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate
@@ -89,11 +90,23 @@ class Handle:
         """The decoder's last forward call that succeeded; None before the first, and with 0 fork layers."""
         return self.session.last_call
 
+    @property
+    def attention_runs_on(self) -> str:
+        """The code that computes the decoder's attention: "kernel" or "torch", and why where there is a reason.
+
+        "model": with 0 fork layers the model's own code runs.
+        """
+        if not (self.config.fork_layers or self.runner.wanted):
+            return "model"
+        path = dispatch.of_decoder(self.decoder)
+        return f"{path.name}: {path.why}" if path.why else path.name
+
     def labels(self, modality_labels: Any) -> contextlib.AbstractContextManager:
         """A context in which the calls' positions carry ``modality_labels`` [batch, length].
 
         They are counted from the start of the sequence, cached positions included, as an attention mask is; positions
-        past their end are text. When ``generate`` repeats samples (beams, several sequences), labels repeat with them.
+        past their end are text (words after a prompt), where the call brings ids: embeddings must not go on past it.
+        When ``generate`` repeats samples (beams, several sequences), labels repeat with them.
         """
         return self.session.labels(modality_labels)
 
@@ -128,8 +141,6 @@ class Handle:
         attention = [module for layer in decoder.layers for module in attention_modules(layer, self.adapter)]
         for module in (decoder, *attention):
             put.branch_config(module)
-        for module in attention:
-            put.set(module, SESSION, self.session)
         reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
         self.why_not_fused = next(filter(None, reasons), "")
         for module, reason in zip(attention, reasons, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fmd_ext.engine.compiling import as_python, is_called_by_compiled_code
+from fmd_ext.engine.compiling import as_python, is_called_by_compiled_code, untraced
 from fmd_ext.engine.session import Session
 from fmd_ext.patching.branched_config import BranchedConfig, branched_config, original_config
 
@@ -95,6 +95,7 @@ class PythonHook:
     def __init__(self, hook: Any) -> None:
         self.hook = hook
 
+    @untraced
     def __call__(self, *args: Any) -> Any:
         return as_python(self.hook, *args)
 
@@ -107,6 +108,7 @@ class Guarded:
         self.replacement = replacement
         self.context = context
 
+    @untraced
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.installation.tell_of_compiling(module)
         return as_python(self._run, module, args, kwargs)
@@ -204,7 +206,7 @@ class Installation:
         if not self._said and is_called_by_compiled_code():
             self._said = True
             logger.warning(
-                "fmd_ext: torch.compile leaves the forward of a patched %s as it is, with one graph break; compile its "
+                "fmd_ext: torch.compile does not compile the forward of a patched %s, which runs as it is; compile its "
                 "layers or encoders by themselves",
                 type(module).__name__,
             )

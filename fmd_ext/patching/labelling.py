@@ -70,20 +70,6 @@ def cached(call: dict[str, Any]) -> int:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def covering(labels: Any, length: int) -> np.ndarray:
-    """Labels given by hand for a sequence of ``length`` positions, or for one that goes on in later calls.
-
-    Raises ValueError for labels that end before the sequence does: nothing tells which positions they leave out.
-    """
-    labels = check_labels(labels)
-    if labels.shape[1] < length:
-        raise ValueError(
-            f"modality_labels are for {labels.shape[1]} positions, the sequence has {length}: label every one, 0 where "
-            "it is text, as virtual tokens before the prompt are"
-        )
-    return labels
-
-
 def covering_prompt(labels: Any, length: int, virtual: int) -> np.ndarray:
     """Labels given by hand for a prompt of ``length`` positions, and ``virtual`` ones put before it, which are text.
 

@@ -19,6 +19,11 @@ REFUSED = {
     "scalings": "X-LoRA, which weighs its adapters by sample and position",
     "task_ids": "Poly, which mixes its adapters by sample",
 }
+# Tuners (packages below peft.tuners) whose modules do so by themselves.
+REFUSED_TUNERS = {
+    "lily": "Lily, which mixes its adapters by the mean over all rows of a call",
+    "shadow": "ShadowPEFT, which carries a second sequence through the layers",
+}
 
 
 class RowCounters:
@@ -40,13 +45,12 @@ class RowCounters:
             self._adapters = [module for module in own if type(module).__module__.startswith("peft.")]
         by_sample = []
         for module in self._adapters:
+            tuner = type(module).__module__.split(".")[2:3]
+            if tuner and tuner[0] in REFUSED_TUNERS and not getattr(module, "disable_adapters", False):
+                _refuse(f"has {REFUSED_TUNERS[tuner[0]]}, in")
             names = {name for hook in module._forward_pre_hooks.values() for name in _bound(hook)}
             for name in names & REFUSED.keys():
-                raise ValueError(
-                    f"this call brings {name} ({REFUSED[name]}) to the decoder's layers, where a patched model has the "
-                    "rows of all samples in one sequence; accepted are adapters that treat all rows alike (LoRA, IA3, "
-                    "OFT, …) and adapter_names; or unpatch the model for such calls"
-                )
+                _refuse(f"brings {name} ({REFUSED[name]}) to")
             if PER_SAMPLE in names:
                 by_sample.append(module)
         return self._by_row(by_sample) if by_sample else contextlib.nullcontext()
@@ -73,6 +77,14 @@ class RowCounters:
             raise ValueError(f"adapter_names are for {len(names)} samples, the call has {plan.batch}")
         samples = plan.positions[: args[0].shape[1]] // plan.length
         return (args[0].transpose(0, 1), *args[1:]), {**kwargs, PER_SAMPLE: [names[i] for i in samples]}
+
+
+def _refuse(what: str) -> None:
+    raise ValueError(
+        f"this call {what} the decoder's layers, where a patched model has the rows of all samples in one sequence; "
+        "accepted are adapters that treat all rows alike (LoRA, IA3, OFT, …) and adapter_names; or unpatch the model "
+        "for such calls"
+    )
 
 
 def _pack(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:

@@ -5,35 +5,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers.quantizers import quantizer_bnb_8bit
 
 import fmd_ext
 from fmd_ext.cli import main
 from fmd_ext.cli.errors import UserError
+from fmd_ext.config import FMDConfig
 from fmd_ext.inputs.chat import prepare_inputs
 from fmd_ext.inputs.media import load_clip
-from fmd_ext.lab.tiny import save_random_model, tiny_processor, write_clip
-from fmd_ext.lab.trained import bundled_scenes
+from fmd_ext.lab.cli import demo
+from fmd_ext.lab.tiny import tiny_processor, write_clip
+from fmd_ext.lab.trained import SETTINGS, bundled_scenes
 from fmd_ext.torchvision_mend import torchvision_advice
+from paths import ROOT
 
 QUICK = ["--max-new-tokens", "6", "--max-frame-pixels", "3136"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """clip.mp4, silent.mp4 and blind.mp4; model: a saved thinker; full: a saved model with talker."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_clip(folder / "clip.mp4", seconds=1.0)
-    write_clip(folder / "silent.mp4", seconds=1.0, sound=False)
-    write_clip(folder / "blind.mp4", seconds=1.0, picture=False)
-    save_random_model(folder / "model", seed=1)
-    save_random_model(folder / "full", seed=1, speech=True)
-    return folder
 
 
 def test_ask_answers_as_the_model_does(fmd, folder):
@@ -45,7 +38,7 @@ def test_ask_answers_as_the_model_does(fmd, folder):
     expected = tiny_processor().decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     vanilla = fmd("ask", folder / "clip.mp4", "What?", "--vanilla", "--model", folder / "model", *QUICK)
-    assert vanilla[:2] == (0, expected + "\n")
+    assert vanilla[:2] == (0, expected.lstrip() + "\n")
     assert "weights are random" in vanilla[2]
     # All layers forked or none: the model changes or does not.
     unforked = fmd("ask", folder / "clip.mp4", "What?", "--fork-layers", "0", "--model", folder / "model", *QUICK)
@@ -69,7 +62,7 @@ def test_ask_compares(fmd, folder, layout, masking):
 def test_the_full_model_is_loaded_as_its_thinker(fmd, folder):
     code, out, err = fmd("ask", folder / "clip.mp4", "What?", "--model", folder / "full", "--dtype", "bfloat16", *QUICK)
     assert code == 0 and out.strip()
-    assert err.splitlines()[-1] == "note: this model's weights are random: its words mean nothing"
+    assert "note: this model's weights are random: its words mean nothing" in err.splitlines()
 
 
 @pytest.mark.parametrize("name, missing", [("silent", "audio"), ("blind", "video")])
@@ -107,7 +100,17 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
         ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
         ((*ASK, "--max-frames", "many"), "argument --max-frames: must be a whole number, got 'many'"),
         ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
-        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N and spread"),
+        ((*ASK, "--audio-track", "1"), "clip.mp4 has 1 sound tracks, counted from 0; there is no track 1"),
+        ((*ASK, "--audio-track", "-1"), "argument --audio-track: must be 0 or more, got -1"),
+        ((*ASK[:3], "--model", "./eight_bits"), "weights of ./eight_bits: Using `bitsandbytes` 8-bit quantization"),
+        (("verify", "--model", "./eight_bits"), "weights of ./eight_bits: Using `bitsandbytes` 8-bit quantization"),
+        (("verify", "--fork-layers", "7"), "fork_layers=7 is out of range: the decoder has 6 layers"),
+        (("diagnose", *ASK[1:], "--fork-layers", "5"), "fork_layers=5 is out of range: the decoder has 4 layers"),
+        (("diagnose", *ASK[1:], "--json", "."), ". is a folder, not a file to write"),
+        (("diagnose", *ASK[1:], "--json", "no/facts.json"), "there is no folder no to write it in"),
+        (("diagnose", *ASK[1:], "--plots", "clip.mp4"), "clip.mp4 is a file, not a folder to write in"),
+        (("curves", "results", "--json", "no/curves.json"), "there is no folder no to write it in"),
+        ((*ASK, "--device", "toaster"), "device 'toaster': accepted are auto, cpu, cuda, cuda:N, xpu, mps and spread"),
         ((*ASK, "--model", "./nowhere"), "model ./nowhere: there is no such folder"),
         ((*ASK, "--model", "./other"), "is of type 'llama'; supported types are qwen2_5_omni"),
         ((*ASK, "--model", "./bare"), "processor of ./bare: "),
@@ -122,25 +125,30 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
 def test_wrong_input_is_one_line_and_exit_code_2(fmd, folder, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
     _write_broken_models(folder)
+    monkeypatch.setattr(quantizer_bnb_8bit, "is_bitsandbytes_available", lambda *arguments: False)
     code, out, err = fmd(*arguments)
     assert code == 2 and out == ""
-    # Besides the error there may be notes, and transformers' progress bar.
-    lines = [line for line in err.splitlines() if line and not line.startswith(("note: ", "Loading weights"))]
+    lines = [line for line in err.splitlines() if line and not line.startswith("note: ")]
     assert len(lines) == 1 and lines[0].startswith("fmd-ext") and ": error: " in lines[0]
+    assert "the clip gives" not in err  # refused before it was read
     assert message in lines[0]
 
 
 def _write_broken_models(folder: Path) -> None:
-    """Of another type; with a configuration only; without weights; with a tensor missing."""
+    """Of another type; with a configuration only; without weights; with a tensor missing; quantised."""
     if (folder / "other").exists():
         return
-    for name in ("other", "bare", "weightless", "holed"):
+    for name in ("other", "bare", "weightless", "holed", "eight_bits"):
         (folder / name).mkdir()
     (folder / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     for name in ("bare", "weightless", "holed"):
         (folder / name / "config.json").write_text((folder / "model" / "config.json").read_text())
-    for name in ("weightless", "holed"):
+    for name in ("weightless", "holed", "eight_bits"):
         tiny_processor().save_pretrained(folder / name)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "eight_bits" / "config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "model" / "model.safetensors", folder / "eight_bits")
     weights = load_file(folder / "model" / "model.safetensors")
     del weights[next(name for name in weights if name.endswith("lm_head.weight"))]
     save_file(weights, folder / "holed" / "model.safetensors", metadata={"format": "pt"})
@@ -149,7 +157,7 @@ def _write_broken_models(folder: Path) -> None:
 def test_without_torchvision_ask_says_what_to_install(fmd, folder, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else found(name))
-    code, out, err = fmd("ask", folder / "clip.mp4", "What?")
+    code, out, err = fmd("ask", folder / "clip.mp4", "What?", "--model", folder / "model")
     assert code == 2 and out == "" and torchvision_advice() in err
 
 
@@ -189,6 +197,11 @@ def test_the_demo_shows_answers_attention_and_timings(fmd):
     assert "fork-merge decoding: 2 of 6 layers forked, masking attention" in out
     assert re.search(r"bundled clip \d+\.mp4: shows .*, sounds like .* \(swapped\)", out)
     assert "clip made on the spot (--seed 4): shows " in out
+    marks = [out.count(f"({mark})") for mark in ("right", "wrong")]
+    counted = re.search(r"^right: vanilla (\d+) of (\d+), fork-merge decoding (\d+) of (\d+)$", out, re.M)
+    vanilla, asked, forked, too = map(int, counted.groups())
+    assert asked == too and marks == [vanilla + forked, 2 * asked - vanilla - forked]
+    assert demo.EVIDENCE in " ".join(out.split())
     assert out.count("fork-merge") >= 4 and len(re.findall(r"│ Is the \w+", out)) >= 6
     rows = {}
     for line in out.splitlines():
@@ -202,9 +215,31 @@ def test_the_demo_shows_answers_attention_and_timings(fmd):
     assert len(re.findall(r"│ +\d+ ms │ +[\d.]+ │ +3 │", out)) == 2
 
 
+def test_the_demo_says_what_the_evidence_page_says():
+    """Of the settings in force: the model's own."""
+    found = json.loads((ROOT / "docs" / "data" / "evidence.json").read_text())
+    settings = FMDConfig.from_file(SETTINGS)
+    chosen = found["chosen"]["zero"]["settings"]
+    assert {name: getattr(settings, name) for name in chosen} == chosen
+    words = {"Video-driven Audio": "the sound", "Audio-driven Video": "the picture", "AV Matching": "both match"}
+    kinds: dict[str, list[str]] = {"worse": [], "no different, as far as can be seen": []}
+    for row in found["test"]["comparisons"][:3]:
+        sure = row["p_adjusted"] < 0.05
+        assert row["masking"] == "zero" and not (sure and row["value"] > 0)
+        kinds["worse" if sure else "no different, as far as can be seen"].append(row["group"])
+    clips = found["test"]["clips"]
+    assert f"Over {clips} test clips (docs/evidence.md)" in demo.EVIDENCE
+    before, after = re.search(
+        r"worse at (.*), and no different, as far as can be seen, at (.*)", demo.EVIDENCE
+    ).groups()
+    for said, groups in ((before, kinds["worse"]), (after, kinds["no different, as far as can be seen"])):
+        assert [part in said for part in words.values()] == [any(map(str.startswith, groups, [p] * 3)) for p in words]
+
+
 def test_the_demo_takes_a_question(fmd):
     code, out, _ = fmd("demo", "--seed", "4", "--question", "Describe what you see.", "--max-new-tokens", "2")
     assert code == 0 and out.count("Describe what") == 2 and "Is the" not in out
+    assert "(right)" not in out and "right:" not in out  # what would be right is not known
 
 
 def test_the_entry_point_runs_in_a_process_of_its_own():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import pytest
 
-from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
+from fmd_ext.cli.errors import UserError, blaming_input, notes_from_log, notes_from_warnings
 
 
 def test_of_many_alike_a_few_are_told(capsys):
@@ -35,3 +36,16 @@ def test_other_errors_are_nobodys_input():
         raise KeyError
     with pytest.raises(UserError, match="model x: ValueError"), blaming_input(ValueError, prefix="model x: "):
         raise ValueError
+
+
+def test_of_many_alike_in_the_log_a_few_are_told(capsys):
+    logger = logging.getLogger("fmd_ext.inputs.media")
+    with notes_from_log():
+        for clip in range(10):
+            logger.warning("clip %d is damaged", clip)
+        logger.warning("something else")
+    assert capsys.readouterr().err.splitlines() == [
+        *(f"note: clip {clip} is damaged" for clip in range(3)),
+        "note: something else",
+        "note: 7 more like those above",
+    ]

@@ -142,18 +142,24 @@ class TestCheckHeaders:
 
     def test_every_source_that_includes_torch_is_checked(self, check_headers):
         found = check_headers.sources()
-        assert {file for file, _ in found} == {
-            str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").rglob("*.cpp")
-        }
-        assert {cuda for _, cuda in found} == {True, False}
+        there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "torch").rglob("*.cpp")}
+        assert {file for _, file, _ in found} == there
+        told = {library: definitions for library, _, definitions in found}
+        version = f"TORCH_TARGET_VERSION={tools.TORCH_TARGET_VERSION}"
+        assert set(told) == {"fmd_ext_cpu", "fmd_ext_cuda"} and all(version in words for words in told.values())
+        assert "USE_CUDA" in told["fmd_ext_cuda"] and "USE_CUDA" not in told["fmd_ext_cpu"]
 
     def test_a_source_that_cmake_does_not_name(self, check_headers, monkeypatch, tmp_path):
         (tmp_path / "csrc" / "torch").mkdir(parents=True)
         (tmp_path / "csrc" / "torch" / "new.cpp").touch()
-        (tmp_path / "CMakeLists.txt").write_text("set(FMD_CPU_SOURCES csrc/plan.cpp)\n")
+        cmake = "set(FMD_CPU_SOURCES csrc/plan.cpp)\nadd_library(fmd_ext_cpu SHARED ${FMD_CPU_SOURCES})\n"
+        (tmp_path / "CMakeLists.txt").write_text(cmake)
         monkeypatch.setattr(check_headers, "ROOT", tmp_path)
         with pytest.raises(SystemExit, match="disagree about csrc/torch/new.cpp"):
             check_headers.sources()
+        glob = "file(GLOB FMD_CPU_SOURCES CONFIGURE_DEPENDS csrc/torch/*.cpp)\n"
+        (tmp_path / "CMakeLists.txt").write_text(glob + cmake.splitlines()[1])
+        assert check_headers.sources() == [("fmd_ext_cpu", "csrc/torch/new.cpp", ())]
 
     @pytest.mark.parametrize("macro,passes", [("TORCH_ERROR_CODE_CHECK", True), ("NO_SUCH_CHECK", False)])
     def test_an_error_is_seen(self, check_headers, tmp_path, macro, passes):
@@ -164,7 +170,7 @@ class TestCheckHeaders:
             f"void* stream() {{ void* s; {macro}(aoti_torch_get_current_cuda_stream(0, &s)); return s; }}\n"
         )
         include = Path(torch.__file__).parent / "include"
-        error = check_headers.first_error(tools.require_compiler(), include, str(source), True)
+        error = check_headers.first_error(tools.require_compiler(), include, str(source), ["USE_CUDA"])
         assert error is None if passes else macro in error
 
     def test_what_the_cache_lacks_is_named(self, tmp_path):

@@ -91,7 +91,7 @@ def test_the_library_implements_all_ops(tmp_path):
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="this installation was built without the CUDA op library")
 def test_the_prefill_kernel_can_be_chosen(tmp_path):
-    """sm90 only where it is asked for: it has not passed its tests on a device."""
+    """sm90 only where it is asked for: it was not timed on a device."""
     code = LOAD_FOR_CUDA + (
         "library._cuda = library._functions(sys.argv[2], 'fmd_ext_select_cuda_prefill', 'fmd_ext_cuda_prefill')\n"
         "for name in ('auto', 'sm90', 'sm80', 'sm70'):\n"

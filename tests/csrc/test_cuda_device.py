@@ -14,7 +14,7 @@ from test_ops_rope_append import make as make_rope_append
 
 from attention_cases import HEADS, Group, assert_as_exact, assert_attention, expected, make_case, shared_case
 from fmd_ext import ops
-from fmd_ext.ops import library
+from fmd_ext.ops import dispatch, library, selftest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -284,10 +284,24 @@ def test_rope_append(dtype, heads, head_dim):
         (torch.bfloat16, 80, "q has head_dim 80, accepted on CUDA are 64 and 128"),
     ],
 )
-def test_what_is_not_supported_is_refused(decode, dtype, head_dim, said):
+def test_what_the_kernels_do_not_take_is_refused(decode, dtype, head_dim, said):
     case = to_device(make_case([Group(1, 1)], (2, 2), head_dim, dtype))
-    with pytest.raises(ValueError, match=said):
+    with dispatch.selected("kernel"), pytest.raises(ValueError, match=said):
         attend(case, decode)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize(
+    "dtype,head_dim",
+    [(torch.float32, 64), (torch.float64, 64), (torch.bfloat16, 80), (torch.bfloat16, 96), (torch.float16, 256)],
+)
+def test_what_the_kernels_do_not_take_runs_by_torchs_operations(decode, dtype, head_dim):
+    case = make_case(SAMPLES if decode else MIXED, (6, 2), head_dim, dtype)
+    assert_attention(on_host(attend(to_device(case), decode)), expected(case), expected(case, dtype))
+
+
+def test_the_check_before_a_first_use_passes_here():
+    assert selftest.problems(torch.device("cuda")) == []
 
 
 @both_ops

@@ -78,3 +78,16 @@ def test_the_sdist_holds_all_that_the_readme_and_the_tests_need(tree):
     assert [name for name in wanted if name not in members] == []
     assert members["scripts/demo"].mode & 0o100
     assert [name for name in members if name.endswith((".so", ".pyc", "_build_info.json"))] == []
+
+
+def test_the_scripts_work_without_a_compiler(tree):
+    """In the folder itself; a second time there is nothing to do."""
+    variables = {"FMD_EXT_PYTHON": sys.executable, "FMD_EXT_BUILD": "python", "BASH_ENV": ""}
+    code = "source scripts/environment.sh; make_environment ''; echo once; make_environment ''; echo twice"
+    said = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code], cwd=tree, env=os.environ | variables, capture_output=True, text=True
+    )
+    assert said.returncode == 0, said.stderr
+    first, _, second = said.stdout.partition("once\n")
+    assert first == "fmd_ext: nothing is compiled, torch's own attention serves: FMD_EXT_BUILD=python\n"
+    assert second == "twice\n"

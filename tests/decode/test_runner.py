@@ -16,7 +16,9 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 import fmd_ext
-from fmd_ext.decode import runner as runner_module
+from fmd_ext.compat import cache_of
+from fmd_ext.decode import sequence as sequence_module
+from fmd_ext.decode import store as store_module
 from fmd_ext.decode.step import CaptureSite, StaticStep
 from fmd_ext.lab.tiny import TOKEN_IDS, tiny_processor, tiny_thinker
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
@@ -118,7 +120,7 @@ def test_a_cache_goes_on_without_the_runner(thinker, steps):
     kept = thinker.generate(**inputs, **options, return_dict_in_generate=True)
     # In the same pools. (Of the same shape: the model keeps the last call's M-RoPE offsets for a next turn.)
     thinker.generate(**build_inputs([VIDEO_AUDIO, AUDIO_VIDEO], seed=3), **GREEDY)
-    assert len(handle.runner._steps) == 1
+    assert len(handle.runner.steps) == 1
     ids = kept.sequences
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])], 1)
     handle.runner.wanted = False
@@ -131,14 +133,14 @@ def test_a_cache_goes_on_without_the_runner(thinker, steps):
 
 
 def test_growth_beyond_the_room_and_steps_of_several_shapes(thinker, steps, monkeypatch):
-    monkeypatch.setattr(runner_module, "ROOM", 5)
-    monkeypatch.setattr(runner_module, "KEPT_STEPS", 2)
+    monkeypatch.setattr(sequence_module, "ROOM", 5)
+    monkeypatch.setattr(store_module, "KEPT_STEPS", 2)
     monkeypatch.setattr("fmd_ext.engine.segments.bucket", lambda count: count)
     inputs = build_inputs([TWO_CLIPS, TEXT_ONLY])
     call = {**inputs, **GREEDY, "max_new_tokens": 23}
     theirs, ours, handle = both(thinker, lambda: thinker.generate(**call).tolist(), fork_layers=2)
     assert ours == theirs
-    assert len(handle.runner._steps) == 2 and handle.runner.last.startswith("decode runner: 22 ")
+    assert len(handle.runner.steps) == 2 and handle.runner.last.startswith("decode runner: 22 ")
     if steps:
         assert len(steps) == 5  # 22 steps in rooms of 5
 
@@ -178,7 +180,7 @@ def test_steps_of_samples_that_fork_and_that_do_not_are_apart(thinker, steps):
     theirs, ours, handle = both(
         thinker, lambda: [thinker.generate(**b, **GREEDY).tolist() for b in batches], fork_layers=2
     )
-    assert ours == theirs and len(handle.runner._steps) == 2
+    assert ours == theirs and len(handle.runner.steps) == 2
 
 
 def test_a_kept_step_is_taken_up_behind_its_last_replay(thinker, monkeypatch):
@@ -289,6 +291,24 @@ def test_from_embeddings_with_labels(thinker, steps):
     )
     assert ours == theirs and len(ours[0]) == 12
     assert handle.last_call.plan.forked.all()
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_answer_that_its_first_token_ends(thinker, run_ahead, keeps):
+    """No step at all, or one that was taken back: the answer, the cache and the report hold."""
+    inputs = build_inputs([VIDEO_AUDIO, TEXT_ONLY])
+    first = thinker.generate(**inputs, **{**GREEDY, "max_new_tokens": 1})[:, -1].tolist()
+    call = {**inputs, **GREEDY, "eos_token_id": first, "pad_token_id": 0, "return_dict_in_generate": keeps}
+    handle = fmd_ext.patch(thinker, fork_layers=0, runner=True)
+    handle.runner.run_ahead = run_ahead
+    out = thinker.generate(**call)
+    tokens = out.sequences if keeps else out
+    assert tokens[:, inputs["input_ids"].shape[1] :].tolist() == [[token] for token in first]
+    if keeps:
+        assert cache_of(out).get_seq_length() == inputs["input_ids"].shape[1]
+    expected = "1 static steps without a CUDA graph" if run_ahead else "no step was needed"
+    assert handle.runner.last.startswith(f"decode runner: {expected}")
 
 
 def test_one_token_needs_no_step(thinker, steps):
@@ -410,12 +430,12 @@ def test_patching_again_and_copies(thinker):
     twin = copy.deepcopy(thinker)
     own = fmd_ext.handle_of(twin).runner
     assert own.run_ahead
-    assert own is not handle.runner and own.session is not handle.session and not own._steps
+    assert own is not handle.runner and own.session is not handle.session and not own.steps
     assert own.decoder is twin.get_decoder()
     assert twin.generate(**inputs, **GREEDY).tolist() == expected
-    assert len(own._steps) == len(handle.runner._steps) == 1
+    assert len(own.steps) == len(handle.runner.steps) == 1
     handle.unpatch()
-    assert not handle.runner._steps, "a handle that is kept holds no pools"
+    assert not handle.runner.steps, "a handle that is kept holds no pools"
 
 
 def test_a_mask_is_read_once_and_not_for_every_token(thinker, monkeypatch):

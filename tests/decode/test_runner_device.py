@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList
 
 import fmd_ext
-from fmd_ext.decode.runner import Decoding
+from fmd_ext.decode.sequence import StepSequence
 from fmd_ext.lab.tiny import tiny_thinker
 from omni_inputs import AUDIO_VIDEO, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, build_inputs
 
@@ -76,7 +76,7 @@ def test_replays_are_as_exact_as_the_usual_path(model, exact, samples, masking, 
             actual = logits(model, inputs)
             assert handle.runner.last == f"decode runner: {COUNT - 1} replays of a captured graph"
             assert (actual - want).abs().max() <= allowed
-        assert len(handle.runner._steps) == 1
+        assert len(handle.runner.steps) == 1
 
 
 def test_it_is_on_by_default_where_the_model_forks(model):
@@ -89,7 +89,7 @@ def test_it_is_on_by_default_where_the_model_forks(model):
 
 def test_a_step_waits_for_nothing(model, monkeypatch):
     """torch raises at every call that makes the host wait for the device, from the second step on."""
-    feed, waits = Decoding.feed, []
+    feed, waits = StepSequence.feed, []
 
     def strict(self, tokens):
         if self.step is None:
@@ -101,7 +101,7 @@ def test_a_step_waits_for_nothing(model, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
             waits.append(self.total)
 
-    monkeypatch.setattr(Decoding, "feed", strict)
+    monkeypatch.setattr(StepSequence, "feed", strict)
     with fmd_ext.patch(model, fork_layers=2):
         model.generate(**on_device([VIDEO_AUDIO, TEXT_ONLY]), max_new_tokens=8, min_new_tokens=8)
     assert waits == list(range(2, 8))

@@ -1,4 +1,4 @@
-"""The planner against its plain Python twin, against what fork-merge decoding means, and against bad input."""
+"""The compiled planner and the one in Python: against each other, what fork-merge decoding means, and bad input."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import itertools
 import numpy as np
 import pytest
 
-import plan_twin
 from fmd_ext import _core
-from plan_twin import AUDIO, FORKED, JOINT, PADDING, PREFIX_OPEN, TEXT, UNFORKED, VISUAL
+from fmd_ext.engine import planner
+from fmd_ext.engine.planner import AUDIO, FORKED, JOINT, PADDING, PREFIX_OPEN, TEXT, UNFORKED, VISUAL
 
 MASKINGS = ("zero", "attention")
 PHASES = (UNFORKED, PREFIX_OPEN, FORKED)
 GROUP_FIELDS = ("qo_rows", "cu_seqlens_q", "group_segment", "row_segment", "row_offset")
 
 
-def run(labels, seg_len, trunk_len, phase, masking):
-    return _core.make_plan(
+both_planners = pytest.mark.parametrize(
+    "make_plan", [_core.make_plan, planner.make_plan_in_python], ids=["compiled", "python"]
+)
+
+
+def run(make_plan, labels, seg_len, trunk_len, phase, masking):
+    return make_plan(
         np.asarray(labels, np.int8).reshape(len(labels), -1),
         np.asarray(seg_len, np.int64).reshape(-1, 3),
         np.asarray(trunk_len, np.int64),
@@ -42,9 +47,8 @@ def as_dict(plan):
     }
 
 
-def assert_like_twin(labels, seg_len, trunk_len, phase, masking):
-    plan = as_dict(run(labels, seg_len, trunk_len, phase, masking))
-    assert plan == plan_twin.make_plan(labels, seg_len, trunk_len, phase, masking)
+def assert_planners_agree(*state):
+    assert as_dict(run(_core.make_plan, *state)) == as_dict(run(planner.make_plan_in_python, *state))
 
 
 def strings(alphabet, longest):
@@ -81,15 +85,15 @@ def random_state(rng, batch):
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_string_up_to_six(masking, phase):
     for labels in strings((TEXT, VISUAL, AUDIO), 6):
-        assert_like_twin([labels], [[5, 3, 2]], [7], [phase], masking)
+        assert_planners_agree([labels], [[5, 3, 2]], [7], [phase], masking)
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_joint_positions_are_in_both_branches(phase):
     """Every string up to five over all labels, and what it means: after the prefix each position has two rows."""
     for labels in strings((TEXT, VISUAL, AUDIO, JOINT), 5):
-        assert_like_twin([labels], [[5, 3, 2]], [7], [phase], "zero")
-    plan = run([[TEXT, JOINT, JOINT, TEXT]], [[0, 0, 0]], [0], [PREFIX_OPEN], "zero")
+        assert_planners_agree([labels], [[5, 3, 2]], [7], [phase], "zero")
+    plan = run(_core.make_plan, [[TEXT, JOINT, JOINT, TEXT]], [[0, 0, 0]], [0], [PREFIX_OPEN], "zero")
     assert plan.seg_len.tolist() == [[1, 3, 3]] and plan.away_modality.tolist() == [JOINT, JOINT, TEXT]
 
 
@@ -98,7 +102,7 @@ def test_every_pair_of_short_strings_with_padding(masking):
     for length in (1, 2, 3):
         alphabet = (PADDING, TEXT, VISUAL, AUDIO)
         for first, second in itertools.product(itertools.product(alphabet, repeat=length), repeat=2):
-            assert_like_twin(
+            assert_planners_agree(
                 [list(first), list(second)], [[1, 0, 0], [4, 2, 3]], [1, 6], [PREFIX_OPEN, FORKED], masking
             )
 
@@ -111,15 +115,16 @@ def test_long_random_batches(masking, kind, batch, length):
     for _ in range(4):
         labels = random_batch(rng, batch, length, kind)
         seg_len, trunk_len = random_state(rng, batch)
-        assert_like_twin(labels, seg_len, trunk_len, rng.integers(0, 3, batch).tolist(), masking)
+        assert_planners_agree(labels, seg_len, trunk_len, rng.integers(0, 3, batch).tolist(), masking)
 
 
+@both_planners
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_rows_see_what_their_branch_sees(masking):
+def test_rows_see_what_their_branch_sees(make_plan, masking):
     """From the meaning of the two branches, not from the planner's rules: a row in branch b attends to every earlier
     position that exists in b, and the rows of b are exactly those positions."""
     for labels in strings((PADDING, TEXT, VISUAL, AUDIO), 5):
-        plan = run([labels], [[0, 0, 0]], [0], [PREFIX_OPEN], masking)
+        plan = run(make_plan, [labels], [[0, 0, 0]], [0], [PREFIX_OPEN], masking)
         fork = plan.fork
         stored = {}  # (segment, offset) -> position
         for row, position in enumerate(plan.positions):
@@ -147,9 +152,10 @@ def test_rows_see_what_their_branch_sees(masking):
         assert rows_seen == expected
 
 
+@both_planners
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("kind", ("blocks", "interleaved", "anything"))
-def test_chunks_equal_one_call(masking, kind):
+def test_chunks_equal_one_call(make_plan, masking, kind):
     rng = np.random.default_rng(len(kind))
     for _ in range(12):
         batch, length = int(rng.integers(1, 4)), int(rng.integers(2, 60))
@@ -174,13 +180,13 @@ def test_chunks_equal_one_call(masking, kind):
                 )
             return found
 
-        whole = run(labels, seg_len, trunk_len, phase, masking)
+        whole = run(make_plan, labels, seg_len, trunk_len, phase, masking)
         pieces = []
         cuts = sorted({0, length, *rng.integers(0, length + 1, 3).tolist()})
         now_seg, now_trunk, now_phase = seg_len, trunk_len, phase
         for start, stop in itertools.pairwise(cuts):
             chunk = labels[:, start:stop]
-            plan = run(chunk, now_seg, now_trunk, now_phase, masking)
+            plan = run(make_plan, chunk, now_seg, now_trunk, now_phase, masking)
             pieces += places(plan, start, stop - start)
             now_seg, now_phase = plan.seg_len, plan.phase
             now_trunk = now_trunk + (chunk != PADDING).sum(1)
@@ -189,14 +195,15 @@ def test_chunks_equal_one_call(masking, kind):
         assert now_phase.tolist() == whole.phase.tolist()
 
 
+@both_planners
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_invariants(masking):
+def test_invariants(make_plan, masking):
     rng = np.random.default_rng(0)
     for _ in range(40):
         batch, length = int(rng.integers(1, 5)), int(rng.integers(0, 80))
         labels = np.asarray(random_batch(rng, batch, length, "anything"), np.int8).reshape(batch, length)
         seg_len, trunk_len = random_state(rng, batch)
-        plan = run(labels, seg_len, trunk_len, rng.integers(0, 3, batch), masking)
+        plan = run(make_plan, labels, seg_len, trunk_len, rng.integers(0, 3, batch), masking)
 
         valid = np.flatnonzero(labels.reshape(-1) != PADDING)
         assert plan.positions[: plan.num_home].tolist() == valid.tolist()
@@ -221,10 +228,10 @@ def test_invariants(masking):
 
 
 def test_arrays_outlive_the_plan_and_are_views():
-    plan = run([[TEXT, VISUAL, AUDIO, TEXT]], [[0, 0, 0]], [0], [PREFIX_OPEN], "zero")
+    plan = run(_core.make_plan, [[TEXT, VISUAL, AUDIO, TEXT]], [[0, 0, 0]], [0], [PREFIX_OPEN], "zero")
     assert np.shares_memory(plan.positions, plan.positions)  # no copy per access
     offsets, positions = plan.fork.row_offset, plan.positions
-    expected = plan_twin.make_plan([[TEXT, VISUAL, AUDIO, TEXT]], [[0, 0, 0]], [0], [PREFIX_OPEN], "zero")
+    expected = as_dict(plan)
     del plan
     churn = [np.ones(7, np.int64) for _ in range(1000)]
     assert len(churn) == 1000
@@ -233,22 +240,26 @@ def test_arrays_outlive_the_plan_and_are_views():
     assert positions.dtype == offsets.dtype == np.int64 and positions.flags.writeable
 
 
-def test_arguments_are_left_alone():
+@both_planners
+def test_arguments_are_left_alone(make_plan):
     seg_len, phase = np.array([[1, 0, 0]]), np.array([PREFIX_OPEN], np.int8)
-    plan = _core.make_plan(np.array([[TEXT, VISUAL]], np.int8), seg_len, np.array([1]), phase, "zero")
+    plan = make_plan(np.array([[TEXT, VISUAL]], np.int8), seg_len, np.array([1]), phase, "zero")
     assert plan.phase.tolist() == [FORKED] and plan.seg_len.tolist() == [[2, 1, 1]]
     assert seg_len.tolist() == [[1, 0, 0]] and phase.tolist() == [PREFIX_OPEN]
 
 
-def test_strided_labels():
+@both_planners
+def test_strided_labels(make_plan):
     wide = np.array([[TEXT, 9, VISUAL, 9, AUDIO, 9], [TEXT, 9, TEXT, 9, PADDING, 9]], np.int8)
-    plan = run(wide[:, ::2], [[0] * 3] * 2, [0, 0], [PREFIX_OPEN] * 2, "zero")
-    assert as_dict(plan) == plan_twin.make_plan(wide[:, ::2].tolist(), [[0] * 3] * 2, [0, 0], [PREFIX_OPEN] * 2, "zero")
+    plan = run(make_plan, wide[:, ::2], [[0] * 3] * 2, [0, 0], [PREFIX_OPEN] * 2, "zero")
+    dense = run(make_plan, wide[:, ::2].copy(), [[0] * 3] * 2, [0, 0], [PREFIX_OPEN] * 2, "zero")
+    assert as_dict(plan) == as_dict(dense)
 
 
+@both_planners
 @pytest.mark.parametrize("batch,length", [(0, 0), (0, 5), (2, 0)])
-def test_nothing_to_plan(batch, length):
-    plan = _core.make_plan(
+def test_nothing_to_plan(make_plan, batch, length):
+    plan = make_plan(
         np.zeros((batch, length), np.int8),
         np.ones((batch, 3), np.int64),
         np.ones(batch, np.int64),
@@ -269,6 +280,7 @@ GOOD = {
 }
 
 
+@both_planners
 @pytest.mark.parametrize(
     "bad,said",
     [
@@ -287,6 +299,6 @@ GOOD = {
         ({"masking": "none"}, r"masking is 'none', accepted is 'zero' or 'attention'"),
     ],
 )
-def test_bad_input(bad, said):
+def test_bad_input(make_plan, bad, said):
     with pytest.raises(ValueError, match=said):
-        _core.make_plan(**(GOOD | bad))
+        make_plan(**(GOOD | bad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fmd_ext.models.videollama2 import (
     VideoLlama2MistralForConditionalGeneration,
     VideoLlama2Qwen2ForConditionalGeneration,
 )
+from fmd_ext.models.videollama2.connector import STCConnector
 from videollama2_recorded import (
     KINDS,
     RECORDED,
@@ -117,3 +119,10 @@ def test_placeholders_must_match_the_clips(models):
         model(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"][:, :0]})
     with pytest.raises(ValueError, match=r"hold \[31\] audio placeholders, .* of 32 placeholders each"):
         model(**{**inputs, "input_ids": inputs["input_ids"][:, torch.arange(117) != 60]})
+
+
+def test_without_timm_the_connector_says_what_to_install(monkeypatch):
+    """And a torchvision that leaves the installed torch where it is: timm would bring the newest."""
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
+    with pytest.raises(ImportError, match=r"from timm's .*--no-deps 'torchvision.*&& pip install timm"):
+        STCConnector(8, 8, padding=1)

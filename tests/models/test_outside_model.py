@@ -107,6 +107,45 @@ def test_a_registered_model_forks(model, inputs, settings):
     assert {name: list(vars(module)) for name, module in model.named_modules()} == state
 
 
+def test_a_second_call_within_generate_is_not_the_prompts(model, inputs):
+    """As a contrastive processor makes it: of the language model alone, on embeddings as long as the prompt's."""
+    register("duo", ADAPTER)
+    embeds = model._embed(inputs["input_ids"], inputs["patches"], inputs["sounds"])
+    plain, seen = model.llm(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits, []
+
+    def contrast(ids, scores):
+        seen.append(model.llm(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits)
+        return scores
+
+    alone = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with fmd_ext.patch(model, fork_layers=2):
+        expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False, logits_processor=[contrast])
+    assert torch.equal(tokens, expected) and not torch.equal(tokens, alone) and len(seen) == 3
+    keep = inputs["attention_mask"].bool()
+    for logits in seen:
+        torch.testing.assert_close(logits[keep], plain[keep], atol=1e-4, rtol=0)
+
+
+def test_ids_that_become_more_embeddings_are_refused(model, inputs):
+    """A model that makes several positions of one placeholder: labels would stand beside them."""
+    register("duo", ADAPTER)
+    embed = model._embed
+    model._embed = lambda *given: embed(*given).repeat_interleave(2, dim=1)
+    inputs["attention_mask"] = inputs["attention_mask"].repeat_interleave(2, dim=1)
+    labels = find_adapter(model).labels_of(model, inputs["input_ids"], inputs).repeat_interleave(2, dim=1)
+    length = labels.shape[1]
+    message = f"has {length // 2} token ids, and the decoder gets {length} positions: labels.*adapter='text'"
+    with fmd_ext.patch(model, fork_layers=2):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, max_new_tokens=2)
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
+    with fmd_ext.patch(model.llm, adapter="text", fork_layers=2) as handle:
+        model.generate(**inputs, max_new_tokens=2, modality_labels=labels)  # handed on to the language model
+        assert handle.last_call.plan.forked.tolist() == [True, False, False]
+
+
 def test_before_it_is_registered_it_is_refused_by_name(model):
     with pytest.raises(TypeError, match=r"no adapter for DuoModel \(model_type 'duo'\). Supported model types: phi4"):
         fmd_ext.patch(model)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fmd_ext import ops
+from fmd_ext.ops import dispatch
 
 ROWS, HEADS, KV_HEADS, DIM, SLOTS = 5, 4, 2, 16, 30
 
@@ -137,26 +138,44 @@ CASES = [
 ]
 
 
+# Torch's own operations take rows that are not contiguous, and float64.
+KERNELS_ONLY = ("in its last dimension", "is not contiguous", "is expanded along", "has dtype Double, accepted are")
+ON_BOTH_PATHS = [case for case in CASES if not any(words in case[3] for words in KERNELS_ONLY)]
+
+
+@pytest.mark.parametrize("path", ["kernel", "torch"])
 @pytest.mark.parametrize("op", ops.__all__)
-def test_good_arguments_are_accepted(op):
-    getattr(ops, op)(**good(op))
+def test_good_arguments_are_accepted(op, path):
+    with dispatch.selected(path):
+        getattr(ops, op)(**good(op))
+
+
+def assert_refused(path, op, argument, value, message):
+    gap = "" if message.startswith("[") else " "
+    said = re.escape(f"fmd_ext::{op}: {argument}{gap}{message}")
+    with dispatch.selected(path), pytest.raises(ValueError, match=said):
+        getattr(ops, op)(**(good(op) | {argument: value}))
 
 
 @pytest.mark.parametrize("op,argument,value,message", CASES)
 def test_message(op, argument, value, message):
-    gap = "" if message.startswith("[") else " "
-    with pytest.raises(ValueError, match=re.escape(f"fmd_ext::{op}: {argument}{gap}{message}")):
-        getattr(ops, op)(**(good(op) | {argument: value}))
+    assert_refused("kernel", op, argument, value, message)
+
+
+@pytest.mark.parametrize("op,argument,value,message", ON_BOTH_PATHS)
+def test_message_on_torchs_path(op, argument, value, message):
+    assert_refused("torch", op, argument, value, message)
 
 
 @pytest.mark.parametrize("head_dim", [0, 4, 12, 65])
 def test_head_dim(head_dim):
     pool, rows = torch.randn(2, 9, head_dim), torch.randn(3, 2, head_dim)
     message = f"has head_dim {head_dim}, accepted are the positive multiples of 8"
-    with pytest.raises(ValueError, match=f"append_: k_pool {message}"):
-        ops.append_(pool, pool.clone(), rows, rows, index(0, 1, 2))
-    with pytest.raises(ValueError, match=f"branched_decode: q {message}"):
-        ops.branched_decode(rows, pool, pool, index(0), index(0, 1, 0, 0).view(1, 4), 1.0)
+    with dispatch.selected("kernel"):
+        with pytest.raises(ValueError, match=f"append_: k_pool {message}"):
+            ops.append_(pool, pool.clone(), rows, rows, index(0, 1, 2))
+        with pytest.raises(ValueError, match=f"branched_decode: q {message}"):
+            ops.branched_decode(rows, pool, pool, index(0), index(0, 1, 0, 0).view(1, 4), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -123,3 +123,16 @@ def test_a_sliding_window_is_refused():
     config = MistralConfig(**DIMS, sliding_window=4)
     with pytest.raises(TypeError, match="sliding"):
         fmd_ext.patch(AutoModelForCausalLM.from_config(config), adapter="text")
+
+
+@pytest.mark.parametrize("setting", [{"sliding_window": 4}, {"attn_logit_softcapping": 30.0}], ids=str)
+def test_a_setting_that_no_layer_reads_is_no_reason_to_refuse(setting):
+    """Llama's layers see the whole context, whatever else its config holds."""
+    config = LlamaConfig(**DIMS)
+    for name, value in setting.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(12)[None]
+    vanilla = model(ids).logits
+    fmd_ext.patch(model, adapter="text")
+    torch.testing.assert_close(model(ids).logits, vanilla, atol=1e-4, rtol=0)

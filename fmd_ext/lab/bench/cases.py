@@ -90,7 +90,7 @@ def run_case(case: Case, device: torch.device, rounds: int | None, budget: float
         begin = time.perf_counter()
         interleave(steps, 1, device)  # warm-up, and the estimate
         rounds = rounds or rounds_for(time.perf_counter() - begin, budget)
-        with tqdm(total=rounds, desc=case.name, file=sys.stderr, delay=1, leave=False) as bar:
+        with tqdm(total=rounds, desc=case.name, file=sys.stderr, delay=1, leave=False, disable=None) as bar:
             seconds, last = interleave(steps, rounds, device, bar.update)
         for candidate in present:
             errors[candidate.name] = max(errors[candidate.name], candidate.check(case.name, last[candidate.name]))

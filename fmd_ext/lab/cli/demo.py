@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             for name, right in zip((VANILLA, FORKED), zip(*marks, strict=True), strict=True)
         ]
         text_line(console, f"right: {', '.join(counts)}")
-        text_line(console, f"{EVIDENCE}\n")
+        console.print(f"{EVIDENCE}\n", highlight=False, markup=False)
     _measure(console, loaded, config, args, *last)
     return 0
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from fmd_ext.adapters import AUDIO, JOINT, LABELS, PADDING, TEXT, find_adapter
 from fmd_ext.engine.call import Call
-from fmd_ext.engine.session import Session
 from fmd_ext.lab.interception import intercepting
 from fmd_ext.patching.handle import handle_of
 
@@ -87,7 +86,7 @@ def attention_share(model: nn.Module, inputs: dict[str, Any], position: int = -1
     length = len(labels)
     if not -length <= position < length or labels[position] == PADDING:
         raise ValueError(f"position {position} is no token of the sample, which has {length} positions")
-    recorder = _Recorder(labels, position % length, None if handle is None else handle.session)
+    recorder = _Recorder(labels, position % length)
     if handle is None:
         inputs = {name: value for name, value in inputs.items() if name != "modality_labels"}
     with intercepting(adapter.find_decoder(model), adapter.attention, recorder):
@@ -118,15 +117,14 @@ def _labels(model: nn.Module, adapter: Any, inputs: dict[str, Any]) -> np.ndarra
 
 
 class _Recorder:
-    def __init__(self, labels: np.ndarray, position: int, session: Session | None) -> None:
-        self.session = session
+    def __init__(self, labels: np.ndarray, position: int) -> None:
         self.labels = labels
         self.position = position
         self.shares: list[LayerShare] = []
 
     def __call__(self, attend: Any, module: nn.Module, query: Any, key: Any, value: Any, mask: Any, scale: float, **kw):
         """Records, then does what the module's own attention function does; see `intercepting`."""
-        call = None if self.session is None else self.session.call
+        call = kw.get("fmd_call")
         if call is not None:
             self.packed(module.layer_idx, query, key, call, scale)
         else:

@@ -47,7 +47,7 @@ def attention_grid(num_layers: int) -> list[Settings]:
 def ask_all(questions: YesNoQuestions, model: nn.Module, settings: Sequence[Settings]) -> list[np.ndarray]:
     """Scores [items] of every setting."""
     results = []
-    for chosen in tqdm(settings, desc="settings", mininterval=5.0):
+    for chosen in tqdm(settings, desc="settings", mininterval=5.0, disable=None):
         with fmd_ext.patch(model, **chosen):
             results.append(scores(questions.items, questions.ask(model)))
     return results

@@ -39,7 +39,7 @@ def write_dataset(folder: str | Path, split: str, clips: int) -> list[Scene]:
     scenes = split_scenes(split, clips, BALANCED)
     folder = Path(folder)
     (folder / "video").mkdir(parents=True, exist_ok=True)
-    for scene in tqdm(scenes, desc="writing clips", delay=1.0, leave=False):
+    for scene in tqdm(scenes, desc="writing clips", delay=1.0, leave=False, disable=None):
         write_scene(folder / "video" / f"{clip_name(scene)}.mp4", scene)
     records = records_of(scenes)
     for family, name in FILES.items():

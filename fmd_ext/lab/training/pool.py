@@ -49,7 +49,7 @@ def build_pool(folder: Path, processor: Any, scenes: Sequence[Scene]) -> Pool:
         folder.mkdir(parents=True, exist_ok=True)
         frames, mels = [], []
         with tempfile.TemporaryDirectory(prefix="fmd_ext_") as scratch:
-            for scene in tqdm(scenes, desc="rendering clips", delay=1.0, mininterval=5.0):
+            for scene in tqdm(scenes, desc="rendering clips", delay=1.0, mininterval=5.0, disable=None):
                 path = write_scene(Path(scratch) / "clip.mp4", scene)
                 clip = load_clip(path, sampling_rate=processor.feature_extractor.sampling_rate, progress=False)
                 frames.append(clip.frames)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fmd_ext.models.llava import mlp
+from fmd_ext.torchvision_mend import torchvision_advice
 
 
 class STCConnector(nn.Module):
@@ -42,5 +43,7 @@ def _regnet_stage() -> functools.partial:
         from timm.layers import LayerNorm2d
         from timm.models.regnet import RegStage
     except ImportError as error:
-        raise ImportError("VideoLLaMA2's connector is built from timm's: pip install 'fmd-ext[videollama2]'") from error
+        raise ImportError(
+            f"VideoLLaMA2's connector is built from timm's ({error}): {torchvision_advice()} && pip install timm"
+        ) from error
     return functools.partial(RegStage, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d)
