@@ -1,4 +1,4 @@
-"""The token loop over static steps: greedy search and sampling as in transformers' loop, without its waits for the device.
+"""The token loop over static steps: greedy search and sampling as in transformers, without waiting for the device.
 
 transformers' logits processors, warpers and stopping criteria run as they are, in their order. What differs: on CUDA
 the forward of the next token starts before the host looks at whether there is one, so the device computes while the
