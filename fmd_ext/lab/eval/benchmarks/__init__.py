@@ -105,6 +105,8 @@ def unreadable(items: Sequence[Item], *, progress: bool = False) -> list[str]:
             check_clip(path)
         except (MediaError, OSError) as error:
             return str(error)
+        except Exception as error:  # a damaged file can raise anything
+            return f"{path}: {type(error).__name__}: {error}"
         return None
 
     with ThreadPoolExecutor(8) as pool:  # it waits for the disk, mostly
