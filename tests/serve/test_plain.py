@@ -26,7 +26,7 @@ from fmd_ext.serve.folder import write_full_model  # noqa: E402
 def engines(tmp_path_factory):
     folder = write_full_model(MODEL, tmp_path_factory.mktemp("full"))
     return {
-        "plain": start(folder, architecture=""),
+        "plain": start(folder, plain=True),
         "fork_layers=0": start(folder, settings={"fork_layers": 0}),
         "ours": start(folder, settings=SETTINGS),
     }
