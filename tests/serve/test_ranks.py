@@ -25,12 +25,13 @@ def folder(tmp_path_factory):
 def test_two_ranks_equal_the_library(kind, folder, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # vLLM wants cores for each rank
     # In eager mode vLLM 0.32 runs no pipeline on a CPU, of plain models neither: the second rank lacks a buffer that
-    # warming up makes, and only what is compiled is warmed up. This variable has it compiled without a compiler.
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
-    eager = kind == "tensor_parallel_size"
+    # warming up makes, and only what is compiled is warmed up. So it is traced, as if it were to be compiled.
+    options = {
+        "pipeline_parallel_size": {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    }
     library = Library(SETTINGS)
     expected = [library.answer(ask)[0] for ask in ALL.values()]
-    engine = start(folder, settings=SETTINGS, max_num_batched_tokens=128, enforce_eager=eager, **{kind: 2})
+    engine = start(folder, settings=SETTINGS, max_num_batched_tokens=128, **{kind: 2}, **options.get(kind, {}))
     try:
         assert tokens(answers(engine, [ask.prompt() for ask in ALL.values()], greedy())) == expected
         assert [tokens(answers(engine, [ask.prompt()], greedy()))[0] for ask in ALL.values()] == expected
