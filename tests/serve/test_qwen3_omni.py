@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from served import BOTH_MODALITIES, ONE_MODALITY, SETTINGS, Library, answers, greedy, start, tokens
 
@@ -53,3 +54,19 @@ def test_greedy_tokens_are_the_librarys(name, outputs, library):
     for token, found in outputs[name].outputs[0].logprobs[0].items():
         assert found.logprob == pytest.approx(logprobs[token].item(), abs=1e-3)
     assert tokens([outputs[name]]) == [expected]
+
+
+def test_experts_are_told_of_padding_in_both_branches():
+    """On a GPU, where a step is padded to the size of a graph: a mask of one branch would be read beyond its end."""
+    from fmd_ext.serve.qwen3_omni import FMDQwen3OmniMoeForConditionalGeneration
+
+    model = FMDQwen3OmniMoeForConditionalGeneration.__new__(FMDQwen3OmniMoeForConditionalGeneration)
+    torch.nn.Module.__init__(model)
+    model.register_buffer("both_paddings", torch.zeros(16, dtype=torch.bool))
+    masks = [torch.tensor(mask, dtype=torch.bool) for mask in ([0, 0, 1], [0, 1, 1, 1, 1])]
+    places = set()
+    for mask in masks:
+        both = model._paddings_of_both(mask)
+        assert both.tolist() == mask.tolist() * 2
+        places.add(both.data_ptr())
+    assert len(places) == 1 and model._paddings_of_both(None) is None
