@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+import fmd_ext
 from fmd_ext.serve import ARCHITECTURES, environment
 from paths import ROOT
 
@@ -81,3 +83,16 @@ def test_doctor_tells_why_vllm_does_not_start(monkeypatch):
     assert environment.in_words(report["serving"]) == "0.31.2, cannot serve: ImportError: no such library"
     assert "0.31.2 is not the one that serving was tested with" in report["warnings"][0]
     assert "no such library" in report["warnings"][1]
+
+
+def test_torchvision_is_mended_in_processes_that_vllm_starts():
+    """vLLM's processes import torchvision long before they load a plugin; theirs is mended by a file on PYTHONPATH."""
+    assert (environment._STARTUP / "sitecustomize.py").is_file()
+    added = environment.process_environment()
+    if not added:
+        pytest.skip("torchvision is not there, or its own ops load beside this torch")
+    paths = os.pathsep.join([added["PYTHONPATH"], os.path.dirname(os.path.dirname(fmd_ext.__file__))])
+    for path, works in ((paths, True), (os.environ.get("PYTHONPATH", ""), False)):
+        run = [sys.executable, "-c", "import torchvision"]
+        said = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+        assert (said.returncode == 0) == works, said.stderr
