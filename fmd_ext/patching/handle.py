@@ -186,6 +186,9 @@ def patch(
 ) -> Handle:
     """Switches fork-merge decoding on for ``model`` (this instance only).
 
+    Until `unpatch`, the decoder's attention modules read the ``attn_implementation`` ``"fmd_ext"``, whatever the model
+    was loaded with; encoders, and the model's own config, keep theirs.
+
     Args:
         model: a supported transformers model: see ``fmd_ext.adapters.ADAPTERS``. The full Qwen2.5-Omni is patched in
             its thinker.
