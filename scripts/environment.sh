@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it: a virtual environment in .venv with fmd_ext and everything it needs, and $python, its
 # interpreter. FMD_EXT_VENV: another folder for it. PYTHON: another interpreter than python3 to make it with.
 # FMD_EXT_PYTHON: an interpreter whose environment is used as it is. Nothing is installed then, as on a machine without a
-# network; only the extension is built, in this folder. FMD_EXT_CUDA, FMD_EXT_BUILD: see the README.
+# network; only the extension is built, in this folder. FMD_EXT_CUDA, FMD_EXT_BUILD: see docs/installing.md.
 
 venv="${FMD_EXT_VENV:-.venv}"
 python="${FMD_EXT_PYTHON:-$venv/bin/python}"

@@ -78,7 +78,7 @@ def register(name: str, adapter: Adapter) -> None:
 def find_adapter(model: nn.Module, adapter: str | Adapter | None = None) -> Adapter:
     """The adapter for ``model``: the one asked for (by name or object), else by ``model.config.model_type``.
 
-    Where none of this package's serves, those of installed packages are looked at, too.
+    Adapters of installed packages are looked at where none of this package's serves.
 
     Raises:
         TypeError: no adapter serves the model; the message lists what is supported and how to pass labels by hand.

@@ -182,6 +182,20 @@ def _add_eval(commands: Any) -> None:
     )
     out.add_argument("--baseline", metavar="METHOD", help="the method to compare with (vanilla)")
     out.add_argument("--report", metavar="FILE", help="also write a self-contained HTML report")
+    out.add_argument(
+        "--export",
+        metavar="FOLDER",
+        help="also write CSV and LaTeX tables, and the answers for official scorers and judge models; with --check the "
+        "questions, to be answered elsewhere",
+    )
+    out.add_argument(
+        "--predictions",
+        action="append",
+        default=[],
+        type=_name_value,
+        metavar="NAME=FILE",
+        help="score answers made elsewhere (JSON lines of id and answer) under this name, without a model; repeated",
+    )
     out.add_argument("--speed", type=_positive_int, metavar="N", help="also measure speed and memory on N questions")
     out.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_method(parser)

@@ -9,15 +9,16 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 PLAIN = (bool, int, float, str, type(None))
-LIBRARIES = ("fmd_ext.", "transformers.", "accelerate.")  # whose hooks are no reason not to replay
-OWN = set(nn.Module().__dict__)  # what every module has; of that, what matters is read by name
+LIBRARIES = ("fmd_ext.", "transformers.", "accelerate.")  # whose hooks do not stop a replay
+OWN = set(nn.Module().__dict__)  # attributes of every module: those that matter are read by name
 
 
 def fingerprint(*parts: nn.Module) -> int:
     """Changes when weights move or are replaced, modules come or go, or a plain setting of a module changes.
 
-    A graph replays what it was captured from, whatever becomes of the model. Adapters (LoRA) switched on, merged or
-    scaled, a model moved, a layer replaced: all show here. Weights changed in place do not, and need not.
+    A captured graph knows nothing of such changes, so it may be replayed only while there are none: no adapter (LoRA)
+    switched, merged or scaled, no model moved, no layer replaced. Weights changed in place do not count: a replay reads
+    them anew.
     """
     seen: list[tuple[Any, ...]] = []
     for module in (module for part in parts for module in part.modules()):
@@ -49,7 +50,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` where it is plain or made of plain ones; which one it is for functions and configs; else None."""
+    """What stands for an attribute: its value if plain, its identity for functions and configs, else None."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, PreTrainedConfig) or (callable(value) and not isinstance(value, nn.Module)):

@@ -1,4 +1,4 @@
-"""The token loop over static steps: what transformers' loop for greedy search and sampling does, without its stalls.
+"""The token loop over static steps: greedy search and sampling as in transformers, without waiting for the device.
 
 transformers' logits processors, warpers and stopping criteria run as they are, in their order. What differs: on CUDA
 the forward of the next token starts before the host looks at whether there is one, so the device computes while the
@@ -27,7 +27,7 @@ class StaticLoop:
 
     Args:
         begin: gives the steps.
-        call: the arguments of ``generate``, for those that transformers does not hand on.
+        call: the arguments of ``generate``; transformers does not hand all of them on.
         run_ahead: see `DecodeRunner`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Which `generate` calls run over static steps, and the steps that are kept for the next of the same shape."""
+"""Which `generate` calls run over static steps."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ class DecodeRunner:
 
     Args:
         session: the patch's.
-        decoder: the text decoder, whose limit of positions holds.
+        decoder: the text decoder that the steps run.
         wanted: True or False as the user asked; None: on CUDA, where the model forks.
 
     Attributes:
         steps: those that are kept for later calls.
-        last: what the last ``generate`` call's decode steps ran on, or why not here; "" before the first.
+        last: what the decode steps of the last ``generate`` call ran on, or why they did not run here; "" before the
+            first call.
         run_ahead: start the next step's forward before it is known that there is one, so that a GPU never waits for the
             host. None: on CUDA.
     """

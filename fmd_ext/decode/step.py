@@ -36,7 +36,7 @@ class StepInputs:
 
     @classmethod
     def of(cls, call: dict[str, Any]) -> StepInputs:
-        """Those of ``call``, a decode step's arguments by name.
+        """The inputs among the arguments of a decode step, ``call`` by name.
 
         Tensors that describe the prompt's clips (sizes, masks of features) are left out: new tokens are text.
         """
@@ -64,7 +64,7 @@ class CaptureSite:
         memory: the pool of their intermediate results: one for all, since they never run at the same time.
         stream: one for all, since libraries keep a workspace for every stream that they have seen. Its first launches
             are not captured, so that these workspaces do not lie in ``memory``.
-        left: the last replay of the last call, which no one may have waited for.
+        left: recorded behind the last replay of a call, so that the next call can wait for it.
     """
 
     memory: Any
@@ -76,7 +76,7 @@ class CaptureSite:
         return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Event())
 
     def enter(self) -> None:
-        """Before a call's steps: replays of the one before come first, if that one ran on another stream."""
+        """Before a call's steps: the current stream waits for the call before, maybe of another stream."""
         torch.cuda.current_stream(self.stream.device).wait_event(self.left)
 
     def leave(self) -> None:
@@ -91,7 +91,7 @@ class StaticStep:
         tokens: [batch, 1] int64, the tokens that the next `run` feeds.
         logits: [batch, vocabulary], what the last `run` gave, in the model's dtype; None before the first.
         positions: [..., batch or 1, 1] int64, those of the next step.
-        key: what the runner finds the step by.
+        key: what the store finds the step by.
         graph: the captured graph, None where the step is run launch by launch.
         why_no_graph: the reason for that.
     """
@@ -101,7 +101,7 @@ class StaticStep:
         self.session = session
         first = state.layers[0].keys
         self.device = first.device
-        with torch.inference_mode(False):  # buffers outlive the mode of the call that makes them
+        with torch.inference_mode(False):  # else they could not be changed outside of inference mode
             self.pools = [_pools_like(layer, tables) for layer in state.layers]
             self.tokens = torch.zeros((state.batch, 1), dtype=torch.int64, device=self.device)
         self.logits: torch.Tensor | None = None
@@ -115,7 +115,7 @@ class StaticStep:
         return device.type == "cuda"
 
     def load(self, call: Call, inputs: StepInputs) -> None:
-        """Sets the buffers to a first step: ``call`` is that of one text position for every sample."""
+        """Fills the buffers for a first step; ``call`` plans one text position for every sample."""
         plan = call.plan
         if self.call is None:
             self.call = call
@@ -162,10 +162,10 @@ class StaticStep:
             # Entered here too: after a capture that fails, torch.cuda.graph leaves its stream the current one.
             with torch.cuda.stream(site.stream):
                 self._launch(cache)  # what libraries do in their first call must not be captured
-                self._advance(-1)  # there need not be room for two
+                self._advance(-1)  # the pools may have room for one position only
                 self._refuse_waits(cache)
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may do what they like meanwhile: decode a clip into pinned memory, say.
+                # Other threads may go on meanwhile, for instance decode a clip into pinned memory.
                 mode = "thread_local"
                 with torch.cuda.graph(graph, pool=site.memory, stream=site.stream, capture_error_mode=mode):
                     self._launch(cache)
@@ -176,7 +176,7 @@ class StaticStep:
     def _refuse_waits(self, cache: Cache) -> None:
         """Raises RuntimeError where the step makes the host wait for the device, which no graph can capture.
 
-        To be known beforehand: a capture that fails leaves torch's allocator and random generator in disorder.
+        Looked for before the capture: one that fails leaves torch's allocator and random generator in disorder.
         """
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:

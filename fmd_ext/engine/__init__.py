@@ -1,1 +1,1 @@
-"""Labels to plan, plan to rows, rows through the layers, and the merge."""
+"""One forward call: labels to a plan, the plan to rows, the rows through the layers, and the merge."""

@@ -34,7 +34,7 @@ def default_depth(num_layers: int) -> int:
 
 
 class OpenCall:
-    """Makes the calls of a patch one of whose settings is "auto": `Session.open_call` as this page defines it."""
+    """Makes the calls of a patch with a setting that is "auto", in the place of `Session.open_call`'s own way."""
 
     def __init__(self, config: FMDConfig, num_layers: int) -> None:
         self.config = config

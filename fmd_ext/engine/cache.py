@@ -129,7 +129,7 @@ class BranchedLayer(CacheLayerMixin):
 
 
 class _Next(NamedTuple):
-    """What a planned call will have changed when it has succeeded."""
+    """The state after a planned call, taken over when the call has succeeded."""
 
     phase: np.ndarray
     modalities: np.ndarray
@@ -191,7 +191,7 @@ class BranchedState:
         3 joint).
 
         ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
-        in chunks forks like a prompt given at once. The state changes only on ``commit``, room excepted.
+        in chunks forks like a prompt given at once. Room is made at once; all else changes on ``commit``.
         """
         self._open(len(labels))
         modalities = self.modalities | modality_bits(labels) | (0 if announced is None else announced)
@@ -208,7 +208,7 @@ class BranchedState:
     def _open(self, batch: int) -> None:
         """Begins anew where nothing is held. Raises ValueError where ``batch`` is not that of what is held."""
         if self.logical_length == 0:
-            # What an earlier call that failed has left behind goes.
+            # Drops what an earlier call that failed has left behind.
             for layer in self.layers:
                 layer.release()
             self._start(batch)
@@ -275,7 +275,7 @@ class BranchedState:
         self.extend(-count)
 
     def extend(self, count: int) -> None:
-        """Takes over ``count`` text positions per sample whose keys are in their slots; negative: gives them back."""
+        """Counts ``count`` more text positions per sample, whose keys are in their slots already; negative: fewer."""
         self.fork_table.length = self.fork_table.length + count * self._text_segments
         self.trunk_table.length = self.trunk_table.length + count
         self.text_tail = self.text_tail + count
@@ -305,7 +305,7 @@ class BranchedState:
             self._move(name, table, getattr(self, name).slots_in_use(), pools)
 
     def leave_pools(self) -> None:
-        """Copies the keys out of pools that others will use again."""
+        """Copies the keys out of pools that later calls use again."""
         for layer in self.layers:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 

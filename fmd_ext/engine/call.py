@@ -50,7 +50,7 @@ class Call:
 
     Args:
         plan: its rows.
-        fork_layers: number of layers before the merge. While ``observer`` may end the fork: the largest that it may be.
+        fork_layers: number of layers before the merge; its upper bound while ``observer`` may still end the fork.
         home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
             samples; else None.
         observer: chooses what the settings leave to the prompt; None where they leave nothing, or nothing begins to
@@ -72,7 +72,7 @@ class Call:
         return layer_idx < self.fork_layers
 
     def reaches_merge(self, layer_idx: int) -> bool:
-        """Whether the merge comes before layer ``layer_idx`` or came earlier; the number of layers: the final norm."""
+        """Whether layer ``layer_idx`` comes after the merge. The number of layers stands for the final norm."""
         if self.observer is not None and self.is_forked(layer_idx) and self.observer.ends_fork():
             self.fork_layers = layer_idx
         return not self.is_forked(layer_idx)

@@ -15,7 +15,7 @@ _UNTRACED: list[Callable[..., Any]] = []
 
 
 def as_python(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)`` as it is; what it calls is not traced either, save what is compiled by itself."""
+    """Calls ``function`` untraced. What it calls is not traced either, except for what is compiled by itself."""
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled yet
         return function(*args, **kwargs)
     return _untraced()(function, args, kwargs)

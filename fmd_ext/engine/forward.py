@@ -329,7 +329,7 @@ def _refuse_packed(position_ids: torch.Tensor | None) -> None:
 def _is_generated(prompt: Prompt | None, state: BranchedState, mask: torch.Tensor | None, length: int) -> bool:
     """Whether it is known without a look at ``mask`` that the new position of a cached call is no padding.
 
-    Within ``generate`` it is, behind a prompt whose mask has been read already.
+    It is within ``generate``, once the mask of the prompt has been read.
     """
     if mask is None or length != 1 or mask.dim() != 2 or prompt is None or not prompt.is_one_with(state.prompt):
         return False

@@ -12,10 +12,10 @@ from fmd_ext.engine.plan import Plan
 
 
 def unpack_outputs(out: ModelOutput, plan: Plan, cache: Any) -> ModelOutput:
-    """Per-row outputs as [batch, length, ...], those that layers give flat as [batch * length, ...]; ``cache`` as the
-    cache. What belongs to layers before the merge is that of the home rows; padding is zero.
+    """Outputs [1, rows, ...] as [batch, length, ...], flat ones [rows, ...] as [batch * length, ...], and ``cache``.
 
-    Raises TypeError for an output that is neither.
+    Outputs of layers before the merge are those of the home rows. Padding is zero. Raises TypeError for an output that
+    has no rows.
     """
     values = {
         name: _unpacked(name, value, plan) for name, value in out.items() if name != cache_name() and value is not None

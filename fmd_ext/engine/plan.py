@@ -11,7 +11,7 @@ import torch
 class PackedArrays:
     """int64 arrays of any shapes in one flat buffer, so that they reach a device in one copy.
 
-    ``get`` gives views of the buffer on a device; what changes the buffer in place changes what the views show.
+    ``get`` gives views of the buffer on a device, which show what is changed in the buffer in place.
     """
 
     def __init__(self, **arrays: np.ndarray) -> None:
@@ -40,9 +40,9 @@ class PackedArrays:
     def keep_on(self, device: torch.device) -> torch.Tensor:
         """The buffer on ``device``, a copy of its own that may be changed in place, call after call.
 
-        To be asked for before any ``get``. For plans whose tensors outlive the call that they were made for.
+        For plans whose tensors outlive the call that they were made for; called before any ``get``.
         """
-        with torch.inference_mode(False):  # else none could be changed outside of the mode that it was made in
+        with torch.inference_mode(False):  # else it could not be changed outside of inference mode
             self._buffers[device] = torch.empty(self.host.shape, dtype=torch.int64, device=device)
         return self._buffers[device].copy_(self.host)
 

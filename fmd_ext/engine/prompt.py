@@ -1,4 +1,4 @@
-"""Which modality each position of a sequence has, and which calls that is said of."""
+"""Which modality each position of a sequence has, and which calls have that sequence."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ class Prompt:
 
     @property
     def waits_for_its_labels(self) -> bool:
-        """Whether labels were given by hand for it and no call has begun it yet."""
+        """Whether it has labels given by hand, and its first call has not come yet."""
         return self.has_content and not self.is_read and not self._origin._has_begun
 
     def fits(self, embeds: torch.Tensor) -> bool:
-        """Whether ``embeds`` [batch, length, hidden] may be the prompt, of which no call has come yet.
+        """Whether ``embeds`` [batch, length, hidden] may be the prompt, whose first call has not come yet.
 
         For models whose outer ``generate`` makes embeddings of ids and calls another one with them.
 

@@ -30,13 +30,32 @@ _prefill: Callable[..., tuple[Tensor, Tensor]]
 _decode: Callable[..., tuple[Tensor, Tensor]]
 _fake: Callable[..., Any]
 
+
+def refuse_by_value_error(op: Callable) -> Callable:
+    """`op`, whose refusal of an argument is a ValueError in every torch.
+
+    torch 2.15 (not yet 2.13) makes a RuntimeError of whatever a library of the stable ABI throws. RuntimeErrors that
+    are no refusals, such as CUDA's, stay what they are.
+    """
+
+    def run(*arguments):
+        try:
+            return op(*arguments)
+        except RuntimeError as error:
+            if not str(error).startswith("fmd_ext::"):
+                raise
+            raise ValueError(str(error)) from None
+
+    return run
+
+
 if library.load()["cpu"].loaded:
     try:
-        _append = torch.ops.fmd_ext.append_.default
-        _rope_append = torch.ops.fmd_ext.rope_append_.default
-        _prefill = torch.ops.fmd_ext.branched_prefill.default
-        _decode = torch.ops.fmd_ext.branched_decode.default
-        _merge = torch.ops.fmd_ext.merge_.default
+        _append = refuse_by_value_error(torch.ops.fmd_ext.append_.default)
+        _rope_append = refuse_by_value_error(torch.ops.fmd_ext.rope_append_.default)
+        _prefill = refuse_by_value_error(torch.ops.fmd_ext.branched_prefill.default)
+        _decode = refuse_by_value_error(torch.ops.fmd_ext.branched_decode.default)
+        _merge = refuse_by_value_error(torch.ops.fmd_ext.merge_.default)
     except AttributeError as error:
         raise library.other_sources(library.load()["cpu"].path, str(error)) from None
     _fake = torch.library.register_fake

@@ -1,4 +1,4 @@
-"""The config of a patched decoder: the original's settings, live in both directions, with our attention chosen."""
+"""The config of a patched decoder: it shares the original's settings and names our attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ _ATTENTION = "_attn_implementation_internal"  # transformers 5: where a config k
 
 
 class BranchedConfig:
-    """In front of a config's own class: another object with the same ``__dict__``, so that what is set through either
-    holds for both. Only the attention that layers read is ours; one that is set meanwhile holds after `unpatch`.
+    """A base put before a config's own class. The object shares its ``__dict__`` with the original config, so that what
+    is set through either holds for both. Only the attention that layers read is ours. An attention that is set while
+    the model is patched takes effect after `unpatch`.
     """
 
     __slots__ = ()
@@ -21,7 +22,7 @@ class BranchedConfig:
     _fmd_attention: str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Stops here: transformers would make a dataclass, with an equality of its own, of every subclass."""
+        """Calls no base class: transformers' would make a dataclass, with an equality of its own, of a subclass."""
 
     @property
     def _attn_implementation_internal(self) -> str:

@@ -73,7 +73,7 @@ class EntryForward(_Entry):
 
     def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
         """The labels given by hand, else those of the `generate` call that this call is part of, else those of the
-        context, else those that the call's own ids, or embeddings, and features tell."""
+        context, else those read off the call's own ids, or embeddings, and features."""
         ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
         given, length = embeds if ids is None else ids, _length(call)
         if modality_labels is not None:
@@ -93,7 +93,7 @@ class EntryForward(_Entry):
     def _is_part_of(self, prompt: Prompt, call: dict[str, Any], given: torch.Tensor | None, past: int) -> bool:
         """Whether a call with ids or embeddings ``given`` is one of the `generate` call that holds ``prompt``.
 
-        Raises ValueError where labels were given by hand and the first call is not on what they were given for.
+        Raises ValueError where labels were given by hand and the first call begins with something else.
         """
         if past:
             state = state_of(call.get(self.cache_name))
@@ -109,7 +109,7 @@ class EntryForward(_Entry):
         return False
 
     def _brings_features(self, prompt: Prompt, call: dict[str, Any]) -> bool:
-        """Whether the call feeds every placeholder of ``prompt`` that it holds; without, it is another prompt."""
+        """Whether the call feeds every placeholder of ``prompt`` that it holds. Else it is of another prompt."""
         ids = call.get("input_ids")
         if ids is None or not prompt.is_read or not prompt.has_content:
             return True
@@ -141,14 +141,14 @@ class EntryGenerate(_Entry):
     def _prompt(self, module: nn.Module, call: dict[str, Any], modality_labels: Any, branch_embeds: Any) -> Prompt:
         ids, embeds, past, mask = prompt_ids(call), call.get("inputs_embeds"), cached(call), call.get("attention_mask")
         mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        # Read back here once, the prompt's mask need not be for every token.
+        # Read back from the device once per prompt, not once per token.
         width = mask.shape[1] if mask is not None and bool(mask[:, -1].all()) else None
         virtual, length = virtual_tokens(module), prompt_length(call)
         context, labels, is_read = self.session.labels_of_context, modality_labels, False
         if labels is None and context is not None:
             labels = context.labels
         if labels is not None:
-            # In a context, labels may be those of a longer sequence; virtual tokens stand before any.
+            # Labels of a context may be those of a longer sequence. Virtual tokens come before all others.
             is_exact = length is not None and (modality_labels is not None or virtual)
             labels = covering_prompt(labels, length, virtual) if is_exact else check_labels(labels)
         elif self.read_labels is not None and (ids is not None or embeds is not None):

@@ -170,7 +170,7 @@ class Handle:
         return ""
 
     def remove(self) -> None:
-        """Waits until calls of other threads are done."""
+        """Takes the patch off, once the calls of other threads are done."""
         with self.session.lock:
             self.installation.remove(self.model, self.decoder)
             self.runner.forget()

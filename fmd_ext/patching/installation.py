@@ -20,7 +20,7 @@ from fmd_ext.patching.branched_config import BranchedConfig, branched_config, or
 logger = logging.getLogger(__name__)
 
 OVERRIDES = "_fmd_overrides"  # attribute of a module: its replacements by the name of the method
-# accelerate: a module with a hook has a forward that calls this attribute, which takes its place when the hook goes.
+# accelerate: the forward of a module with a hook calls this attribute, which replaces it when the hook is removed.
 UNDER_HOOK = "_old_forward"
 HOOK = "_hf_hook"
 
@@ -40,7 +40,7 @@ class Change:
     """An attribute of a module that was set.
 
     Args:
-        module, name: whose, and where the replacement was put: for methods under a hook of accelerate `UNDER_HOOK`.
+        module, name: the attribute that was set; `UNDER_HOOK` for a method under a hook of accelerate.
         before: what the instance had there, or `Absent`.
         now: what was put there.
         method: the method's name; "" for other attributes.
@@ -62,14 +62,14 @@ class Change:
 
     @property
     def still_runs(self) -> bool:
-        """Whether a call of the method comes to the replacement, maybe through what has been put around it."""
+        """Whether a call of the method reaches the replacement, also through wrappers put around it since."""
         return _reaches(getattr(self.module, self.method, None), self.now, self.module)
 
     def __str__(self) -> str:
         return f"{self.method} of {type(self.module).__name__}"
 
     def undo(self) -> bool:
-        """Puts back what was there. False where something of others around the replacement goes with it."""
+        """Puts back what was there. False where that drops something that others have put around the replacement."""
         held, place = self.module.__dict__, self.place if self.method else self.name
         if place == self.name:
             if self.before is Absent:
@@ -101,7 +101,7 @@ class PythonHook:
 
 
 class Guarded:
-    """A replacement of a method that users call: in turn, uncompiled, and within ``context(arguments by name)``."""
+    """A replacement of a method that users call: runs one call at a time, uncompiled, within ``context(arguments)``."""
 
     def __init__(self, installation: Installation, replacement: Any, context: Context) -> None:
         self.installation = installation
@@ -173,19 +173,19 @@ class Installation:
         self._hooks.append(module.register_forward_pre_hook(PythonHook(hook), with_kwargs=True))
 
     def refuse_replicas(self, module: nn.Module) -> None:
-        """`nn.DataParallel` copies modules with the methods of this instance, which belong to its device."""
+        """Refuses `nn.DataParallel`: its copies would keep the methods of this instance, which belong to its device."""
         self.set(module, "_replicate_for_data_parallel", _refuse_replicas)
 
     def _change(self, change: Change) -> None:
         self._changes.append(change)
-        # Past nn.Module.__setattr__, which would take a handle's modules for children.
+        # Not by nn.Module.__setattr__, which would register a handle's modules as children.
         change.module.__dict__[change.name] = change.now
 
     # --- in force ---------------------------------------------------------------------------------------------------
 
     @property
     def replaced(self) -> list[str]:
-        """The methods that users call which do not come to their replacement any more."""
+        """Those of the methods that users call that no longer reach their replacement."""
         return [str(change) for change in self._guarded() if not change.still_runs]
 
     def refuse_replaced(self) -> None:
@@ -240,6 +240,8 @@ def _strip(module: nn.Module) -> None:
     held = module.__dict__
     for method in held.pop(OVERRIDES, {}):
         held.pop(method, None)
+    for name in [name for name in held if name.startswith("_fmd")]:
+        del held[name]
     if isinstance(held.get("config"), BranchedConfig):
         held["config"] = original_config(held["config"])
     for key, hook in list(module._forward_pre_hooks.items()):

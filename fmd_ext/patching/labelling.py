@@ -34,7 +34,7 @@ class LabelReader:
         """Labels of ``embeds`` [batch, length, hidden] whose features come in ``call``: a position stands for a clip
         where it has a placeholder's embedding, which is how transformers puts features into embeddings.
 
-        None where the call brings no features. Raises ValueError for features of both senses without a placeholder.
+        None where the call brings no features. Raises ValueError for features of both modalities without a placeholder.
         """
         sources = [source for source in self.adapter.sources if source.is_fed_by(call)]
         if not sources:
@@ -116,5 +116,5 @@ def prompt_ids(call: dict[str, Any]) -> torch.Tensor | None:
 
 
 def only_new(ids: torch.Tensor, mask: Any, past: int) -> bool:
-    """As transformers decides it: ids shorter than the mask are those behind what is cached."""
+    """Whether ``ids`` leave out what is cached: where the mask has another length, as transformers decides it."""
     return past > 0 and mask is not None and mask.shape[1] != ids.shape[1]

@@ -1,4 +1,4 @@
-"""Adapters of PEFT that count the samples and positions of what a linear sees, which on packed rows are others."""
+"""Adapters of PEFT that count samples or positions in the input of a linear: packed rows have neither."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED = {
     "scalings": "X-LoRA, which weighs its adapters by sample and position",
     "task_ids": "Poly, which mixes its adapters by sample",
 }
-# Tuners (packages below peft.tuners) whose modules do so by themselves.
+# Tuners (packages below peft.tuners) whose modules count or mix rows in every call.
 REFUSED_TUNERS = {
     "lily": "Lily, which mixes its adapters by the mean over all rows of a call",
     "shadow": "ShadowPEFT, which carries a second sequence through the layers",
@@ -27,7 +27,7 @@ REFUSED_TUNERS = {
 
 
 class RowCounters:
-    """Finds them in a decoder's layers. The modules that may be such are looked up once per prompt."""
+    """Finds such adapters in a decoder's layers. Modules of PEFT are looked up once per prompt."""
 
     def __init__(self, session: Session, decoder: nn.Module) -> None:
         self.session = session

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fmd_ext.compat import mend_torchvision
+from fmd_ext.torchvision_mend import mend_torchvision
 
 TESTED_VLLM = "0.32"
 PLUGINS = "vllm.general_plugins"

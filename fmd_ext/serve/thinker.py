@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.utils import maybe_prefix
 
 from fmd_ext.serve.decoder import ForkedDecoder
@@ -25,7 +26,10 @@ class ForkedThinker:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = served_settings(vllm_config)
         self.reserved = ReservedIds(self.config)
-        if settings.fork_layers:
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        self.register_buffer("both_paddings", torch.zeros(2 * most, dtype=torch.bool), persistent=False)
+        self.forks = settings.fork_layers > 0
+        if self.forks:
             self.language_model.model = ForkedDecoder(
                 vllm_config=vllm_config,
                 prefix=maybe_prefix(prefix, "language_model.model"),
@@ -36,6 +40,24 @@ class ForkedThinker:
 
     def embed_input_ids(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().embed_input_ids(self.reserved.restore(input_ids), *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.forks and is_forward_context_available():
+            context = get_forward_context()
+            context.is_padding = self._paddings_of_both(context.is_padding)
+        return super().forward(*args, **kwargs)
+
+    def _paddings_of_both(self, is_padding: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask [tokens] that keeps padding away from experts, for the rows of both branches [2 * tokens].
+
+        Layers behind the fork take as much of it as they have rows: the first half. It lies in one place always,
+        because a CUDA graph remembers the place.
+        """
+        if is_padding is None:
+            return None
+        both = self.both_paddings[: 2 * len(is_padding)]
+        both.view(2, -1).copy_(is_padding)
+        return both
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)

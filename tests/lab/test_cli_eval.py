@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from eval_data import FILES, records, write_benchmark, write_json
 from fmd_ext.cli import main
@@ -60,11 +61,11 @@ def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
 
     # Again with one method more: only that one is run. And without model and data: only scored.
     code, out, err = fmd(*run, *QUICK, "--method", "vanilla,fmd", "--fork-layers", "3", "--batch-size", "2")
-    assert code == 0 and "fmd:fork_layers=3" in out
+    assert code == 0 and "fmd L3 = fmd:fork_layers=3" in out
     assert (tmp_path / "shares/0-of-1.jsonl").read_bytes().startswith(before[tmp_path / "shares/0-of-1.jsonl"])
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3 * asked
     code, scored, _ = fmd("--score-only", "--output", tmp_path)
-    assert code == 0 and scored.startswith(f"{asked} of {asked} questions answered by every method\n")
+    assert code == 0 and f"\n{asked} of {asked} questions answered by every method\n" in scored
     assert f"answer cut off: {asked} by vanilla" in scored  # after three tokens
     code, _, err = fmd(*run, *QUICK, "--batch-size", "3")
     assert code == 2 and "holds predictions with batch_size=2, this run has 3" in err
@@ -149,6 +150,20 @@ def test_a_question_that_fails_is_told_and_can_be_left_out(fmd, data, tmp_path):
     assert code == 2 and "no item has the id '00003'" in err
     code, _, err = fmd(*run, "--exclude", "@nowhere")
     assert code == 2 and "nowhere" in err
+
+
+def test_a_lost_device_says_how_to_go_on(fmd, data, tmp_path, monkeypatch):
+    def lost(*args, **more):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr("fmd_ext.lab.eval.run.answer", lost)
+    run = ["--benchmark", "avqa", "--data", data, "--model", data.parent / "model", "--limit", "2", *QUICK]
+    code, _, err = fmd(*run, "--output", tmp_path)
+    assert code == 2 and "device-side assert triggered; the same command in a new process goes on" in err
+    monkeypatch.undo()
+    code, out, _ = fmd(*run, "--output", tmp_path, "--speed", "2")
+    assert code == 1 and "1 of 2 questions answered by every method, 1 failed" in out
+    assert "speed: 1 prompts" in out  # of what can be asked
 
 
 def test_settings_of_the_checkpoint_are_told_recorded_and_compared(fmd, data, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -151,6 +152,17 @@ def test_an_interrupted_run_is_no_failure(model, loaded, results, monkeypatch):
     assert list(errors(results).values()) == [None]
 
 
+def test_a_clip_whose_length_cannot_be_read_ends_no_run(model, loaded, results, monkeypatch):
+    """Batches are made by length, before the first question."""
+
+    def seconds(path):
+        raise IndexError("a damaged index")
+
+    monkeypatch.setattr(run, "clip_seconds", seconds)
+    runner(model, loaded, results, methods="vanilla").run(loaded.items[:2], batch_size=2, progress=False)
+    assert set(errors(results).values()) == {None} and len(errors(results)) == 2
+
+
 def item(path):
     return Item("a", "v", path, "Is it?", "yes-no", "yes", prompt="Is it?")
 
@@ -167,6 +179,31 @@ def test_notes_say_what_the_model_did_not_get(tmp_path):
     assert cut.shown[0] == {"frames": 4, "picture_s": 4.0, "sound_s": 2.0}
     assert soundless.notes == ({clips.NO_SOUND: ""},)
     assert soundless.shown[0] == {"frames": 2, "picture_s": 1.0, "sound_s": 0.0}
+
+
+@pytest.mark.parametrize("name", ["load_clip_for", "prepare_batch"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_reading_and_preparing_are_tried_once_more_without_memory(tmp_path, monkeypatch, name, times):
+    path = write_clip(tmp_path / "clip.mp4", seconds=1.0, width=64, height=56)
+    real, calls = getattr(clips, name), iter(range(100))
+
+    def full(*args, **more):
+        if next(calls) < times:
+            raise MemoryError("no room")
+        return real(*args, **more)
+
+    monkeypatch.setattr(clips, name, full)
+    (group,) = ClipInputs(tiny_processor(), READING).prepare([item(path)])
+    assert group.error == (None if times == 1 else "MemoryError: no room")
+
+
+def test_two_threads_can_read(tmp_path):
+    """One reads ahead while the other asks the questions of a failed batch alone."""
+    paths = [write_clip(tmp_path / f"{n}.mp4", seconds=0.5, width=32, height=32, seed=n) for n in range(12)]
+    inputs = ClipInputs(tiny_processor(), READING)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda path: inputs.read([item(path)])[0], [*paths, *paths[::-1]] * 2))
+    assert all(shown.clip.path in paths for shown in found)
 
 
 def test_what_is_logged_about_a_clip_is_noted(tmp_path, monkeypatch):

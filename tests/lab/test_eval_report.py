@@ -15,6 +15,7 @@ from PIL import Image
 
 from fmd_ext.lab.eval.benchmarks import load
 from fmd_ext.lab.eval.figures import accuracy_figure, difference_figure
+from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Prediction, Results, Share, write_atomically
 from fmd_ext.lab.eval.report import render, write_report
 from fmd_ext.lab.eval.scores import ALL, evaluate
@@ -206,3 +207,28 @@ def test_it_opens_in_a_browser(results, tmp_path, width):
     # Blue and orange of the two methods, and the warning's yellow, are on it.
     for colour in ((0, 114, 178), (213, 94, 0), (255, 244, 214)):
         assert (np.abs(pixels.astype(int) - colour).max(1) < 8).sum() > 50
+
+
+SPARSE = {
+    "one question": ("video-mme", ["B"], "ours"),
+    "nothing parsed": ("avhbench", ["hm"] * 4, "ours"),
+    "nothing read": ("video-mme", ["hm"] * 4, "official"),
+    "read in turn": ("video-mme", ["B", "hm"] * 2, "official"),
+}
+
+
+@pytest.mark.parametrize("benchmark, said, protocol", SPARSE.values(), ids=SPARSE)
+def test_sparse_results_have_a_report(tmp_path, benchmark, said, protocol):
+    kind, options, answer = ("choice", ("x", "y"), "B") if benchmark == "video-mme" else ("yes-no", (), "yes")
+    categories = {"task": "t", "duration": "d", "domain": "d", "sub-category": "s"}
+    items = [Item(f"i{n}", f"v{n}", None, "?", kind, answer, options, categories) for n in range(len(said))]
+    results = Results(tmp_path)
+    results.begin({"benchmark": benchmark}, items)
+    with Share(results.share_path(0, 1)) as share:
+        for method, texts in (("vanilla", said), ("fmd", said[::-1])):
+            share.append(Prediction(method, item.id, 0, "?", raw) for item, raw in zip(items, texts, strict=True))
+    evaluation = evaluate(results, protocol=protocol)
+    text = render(results, evaluation)
+    unparsed = evaluation.tables[0].rows[ALL]["fmd"].unparsed
+    assert unparsed == said.count("hm") / len(said) and f">{100 * unparsed:.1f}</td>" in text
+    assert ("as the benchmark's own script reads them" in text) == (protocol == "official")

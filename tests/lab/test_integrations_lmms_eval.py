@@ -20,6 +20,7 @@ from fmd_ext.inputs.chat import prepare_batch
 from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import load
 from fmd_ext.lab.lmms_eval import doc_to_text, doc_to_visual, mean_score, process_results, write_task
+from fmd_ext.lab.lmms_eval.__main__ import main as write_tasks
 from fmd_ext.lab.tiny import save_random_model, tiny_processor
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
@@ -184,3 +185,13 @@ def test_the_installed_package_finds_model_and_task(folder, docs):
 
     assert isinstance(manifest(), ModelManifest)
     assert "fmd_avhbench" in TaskManager(include_path=str(folder / "tasks")).all_tasks
+
+
+def test_malformed_records_are_refused_unless_allowed(tmp_path, monkeypatch, capsys):
+    write_benchmark(tmp_path, "avqa")  # its last record has no choices
+    arguments = ["lmms_eval", "--benchmark", "avqa", "--data", str(tmp_path), "--output", str(tmp_path / "tasks")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert write_tasks() == 2
+    assert "1 records are not as published, the first: record 3 lacks multi_choice" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments, "--allow-malformed"])
+    assert write_tasks() == 0 and (tmp_path / "tasks/fmd_avqa.yaml").exists()

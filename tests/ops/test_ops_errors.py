@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fmd_ext import ops
-from fmd_ext.ops import dispatch
+from fmd_ext.ops import dispatch, operators
 
 ROWS, HEADS, KV_HEADS, DIM, SLOTS = 5, 4, 2, 16, 30
 
@@ -194,3 +194,17 @@ def test_gradients_are_refused(op, argument):
     with torch.enable_grad(), pytest.raises(RuntimeError, match=f"fmd_ext::{op} has no gradient: call it under"):
         getattr(ops, op)(**args)
     getattr(ops, op)(**args)  # the tests run without gradients
+
+
+@pytest.mark.parametrize(
+    "said,kind", [("fmd_ext::merge_: hidden has dtype Long", ValueError), ("CUDA error: out of memory", RuntimeError)]
+)
+def test_what_newer_torch_makes_of_a_refusal(said, kind):
+    """torch 2.15 makes a RuntimeError of whatever a library throws."""
+
+    def op(*arguments):
+        raise RuntimeError(said)
+
+    with pytest.raises(kind, match=re.escape(said)) as caught:
+        operators.refuse_by_value_error(op)(1, 2)
+    assert caught.type is kind

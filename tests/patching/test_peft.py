@@ -103,6 +103,7 @@ def test_virtual_tokens_before_a_text_decoder():
 
 
 def test_prefix_tuning_is_refused():
+    """It hands on a cache that it has filled, from transformers 5.24 on beside that of the call."""
     model = wrapped(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL))
     fmd_ext.patch(model, CONFIG)
     with pytest.raises(ValueError, match="already holds 3 positions|two caches are given"):

@@ -23,10 +23,14 @@ from fmd_ext.serve.folder import write_full_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    folder = write_full_model(MODEL, tmp_path_factory.mktemp("full"))
+def folder(tmp_path_factory):
+    return write_full_model(MODEL, tmp_path_factory.mktemp("full"))
+
+
+@pytest.fixture(scope="module")
+def engines(folder):
     return {
-        "plain": start(folder, architecture=""),
+        "plain": start(folder, plain=True),
         "fork_layers=0": start(folder, settings={"fork_layers": 0}),
         "ours": start(folder, settings=SETTINGS),
     }
@@ -67,6 +71,11 @@ def test_one_group_of_caches_with_fork_layers_more(engines):
         (group,) = core.model_executor.driver_worker.worker.model_runner.kv_cache_config.kv_cache_groups
         layers[name] = len(group.layer_names)
     assert layers == {"plain": 6, "fork_layers=0": 6, "ours": 6 + SETTINGS["fork_layers"]}
+
+
+def test_lora_is_refused_at_start_with_the_reason(folder):
+    with pytest.raises(ValueError, match="LoRA's map from rows to adapters is made for one row per token"):
+        start(folder, settings=SETTINGS, enable_lora=True)
 
 
 class TestSampling:

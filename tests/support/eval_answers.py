@@ -106,6 +106,9 @@ YES_AND_NO = [
     (MATCH, "The audio matches the visual content.", "The audio does not match the visual content."),
     (MATCH, "The audio and visual content are consistent.", "The audio and visual content are inconsistent."),
     (MATCH, "Matching", "Not matching"),
+    (MATCH, "Yes, there is no difference.", "No, there is no match."),
+    (MATCH, "There is no mismatch between audio and video.", "There is a mismatch between audio and video."),
+    (HEAR, "Yes, and no other sound is heard.", "No, no sound is heard."),
     (CMM, "Yes, I did.", "No, I did not."),
     (CMM, "I heard a dog barking.", "I didn't hear a dog barking."),
     (CMM, "A dog barking can be heard.", "No dog barking can be heard."),
@@ -164,6 +167,7 @@ NEITHER = [
     (HEAR, "The dog is visible and a cat is making sound."),
     (LOUDER, "The flute is louder than the cello."),
     (MATCH, "The audio is loud."),
+    (MATCH, "There is no dog."),
 ]
 
 ANIMALS = ("a dog", "cat", "guinea pig", "none of them")

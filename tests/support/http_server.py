@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fmd_ext.lab.trained import bundled_scenes
+from fmd_ext.serve.environment import process_environment, server_command
 from paths import ROOT
 
 START_SECONDS = 600  # on two cores that others use, too
@@ -33,20 +34,27 @@ FLAGS = [
 
 def environment() -> dict[str, str]:
     """For processes of vLLM: this checkout, one thread each, none of them bound to a core."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    mended = process_environment().get("PYTHONPATH") or os.environ.get("PYTHONPATH")
+    paths = os.pathsep.join(filter(None, [str(ROOT), mended]))
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **quiet, "PYTHONPATH": paths}
 
 
 class Server:
-    """A running server of the built-in model. ``log``: the file that it writes to."""
+    """A running server. ``log``: the file that it writes to; ``plain``: vLLM without fork-merge decoding."""
 
-    def __init__(self, log: Path, *settings: str, flags: list[str] = FLAGS) -> None:
+    def __init__(
+        self, log: Path, *settings: str, flags: list[str] = FLAGS, model: str = "built-in", plain: bool = False
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
-        command = [sys.executable, "-m", "fmd_ext", "serve", "built-in", *settings, "--port", str(self.port), *flags]
+        if plain:
+            command = [*server_command(), model]
+        else:
+            command = [sys.executable, "-m", "fmd_ext", "serve", model, *settings]
+        command += ["--port", str(self.port), *flags]
         with log.open("w") as written:
             self.process = subprocess.Popen(
                 command, stdout=written, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
@@ -113,21 +121,29 @@ class Server:
             text = response.read().decode()
         return float(re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)[1])
 
-    def memory(self) -> float:
-        """MiB of all its processes, shared pages counted once."""
+    def _processes(self) -> list[Any]:
         import psutil
 
         server = psutil.Process(self.process.pid)
-        return sum(p.memory_full_info().pss for p in [server, *server.children(recursive=True)]) / 2**20
+        return [server, *server.children(recursive=True)]
+
+    def memory(self) -> float:
+        """MiB of all its processes, shared pages counted once."""
+        return sum(process.memory_full_info().pss for process in self._processes()) / 2**20
+
+    def cpu_seconds(self) -> float:
+        """Of all its processes so far; what else the machine does is not in it."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
 
 
-def streamed(response: Any) -> Any:
-    """The pieces of text of an answer in server-sent events."""
+def streamed(response: Any, empty: bool = False) -> Any:
+    """The pieces of text of an answer in server-sent events; ``empty``: also those of tokens that show no text yet."""
     for line in response:
         if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
             choices = json.loads(line[6:])["choices"]
-            if choices and choices[0]["delta"].get("content"):
-                yield choices[0]["delta"]["content"]
+            text = choices[0]["delta"].get("content") if choices else None
+            if text or (empty and choices and "role" not in choices[0]["delta"]):
+                yield text or ""
 
 
 @dataclasses.dataclass(frozen=True)

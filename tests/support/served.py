@@ -82,11 +82,18 @@ def bundled_clip(number: int) -> Any:
     return load_clip(list(bundled_scenes())[number])
 
 
-def start(folder: Any, architecture: str = "FMD", settings: dict[str, Any] | None = None, **options: Any) -> Any:
-    """An engine of vLLM in this process. ``architecture``: ``"FMD"``, or ``""`` for plain vLLM."""
+def start(
+    folder: Any,
+    settings: dict[str, Any] | None = None,
+    *,
+    plain: bool = False,
+    architecture: str = "Qwen2_5OmniForConditionalGeneration",
+    frames: dict[str, int] = FRAMES,
+    **options: Any,
+) -> Any:
+    """An engine of vLLM in this process. ``plain``: without fork-merge decoding; ``architecture``: vLLM's own name."""
     from vllm import LLM
 
-    plain = "Qwen2_5OmniForConditionalGeneration"
     defaults = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -94,8 +101,8 @@ def start(folder: Any, architecture: str = "FMD", settings: dict[str, Any] | Non
         "max_num_batched_tokens": 1024,
         "max_num_seqs": 8,
         "limit_mm_per_prompt": {"image": 2, "video": 2, "audio": 2},
-        "mm_processor_kwargs": {"videos_kwargs": {"size": FRAMES}},
-        "hf_overrides": {"architectures": [ARCHITECTURES[plain][0] if architecture else plain]},
+        "mm_processor_kwargs": {"videos_kwargs": {"size": frames, "fps": 2.0}},
+        "hf_overrides": {"architectures": [architecture if plain else ARCHITECTURES[architecture][0]]},
         "additional_config": {FILE_KEY: settings} if settings is not None else {},
         "kv_cache_memory_bytes": 64 * 2**20,
         "seed": 0,
@@ -119,11 +126,15 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 
 
 class Library:
-    """The bundled model in the library, patched with the settings of the server (None: not patched)."""
+    """A model in the library, the bundled one if no other is named, patched with the settings of the server.
 
-    def __init__(self, settings: dict[str, Any] | None) -> None:
-        loaded = load_model(str(MODEL))
-        self.model, self.processor = loaded.model, loaded.processor
+    ``settings``: None for a model that is not patched.
+    """
+
+    def __init__(self, settings: dict[str, Any] | None, source: Any = MODEL, frames: dict[str, int] = FRAMES) -> None:
+        loaded = load_model(str(source))
+        self.model, self.processor, self.frames = loaded.model, loaded.processor, frames
+        self.model.generation_config.suppress_tokens = None
         if settings is not None:
             fmd_ext.patch(self.model, masking="zero", **settings)
 
@@ -132,7 +143,7 @@ class Library:
         given: dict[str, Any] = {}
         if "video" in media:
             given["videos"] = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in media["video"]]
-            given["videos_kwargs"] = {"fps": 2.0, "do_sample_frames": False, "size": FRAMES}
+            given["videos_kwargs"] = {"fps": 2.0, "do_sample_frames": False, "size": self.frames}
         if "image" in media:
             given["images"] = [torch.from_numpy(frame).permute(2, 0, 1) for frame in media["image"]]
         if "audio" in media:

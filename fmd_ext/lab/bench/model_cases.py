@@ -186,7 +186,7 @@ def _static_decode(model: nn.Module, way: Way, embeds: Tensor, labels: Tensor, l
 
     def take_back() -> None:
         if decoding.step is not None:
-            decoding.step.load(decoding.step.plan, decoding.inputs)
+            decoding.step.load(decoding.step.call, decoding.inputs)
             decoding.room, decoding.fed = decoding.room + decoding.fed, 0
 
     reference = _reference(*(None if own is None else own[:, -1:] for own in logits))

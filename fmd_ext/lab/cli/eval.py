@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.hardware import cpu_model
-from fmd_ext.lab.cli.questions import choose, held_out, ids_of, load_questions, usable
+from fmd_ext.lab.cli.questions import choose, ids_of, load_questions, refuse_malformed, usable
 from fmd_ext.lab.cli.scores import show_evaluation, show_speed
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, unreadable
 from fmd_ext.lab.eval.clips import Reading
+from fmd_ext.lab.eval.elsewhere import read_answers, take_in
+from fmd_ext.lab.eval.exports import export, export_questions
 from fmd_ext.lab.eval.generation import Decoding, checkpoint_settings, settings_in_force, token_limits
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.benchmark is None or args.data is None:
         raise UserError("--benchmark and --data say what to ask (or --score-only, --list)")
     loaded = load_questions(args)
-    items, calibration = held_out(args, loaded, choose(args, loaded.items))
+    items, calibration = choose(args, loaded)
     with blaming_input(ValueError, OSError):
         choices = [choice.with_defaults(_given(config_from(args))) for choice in parse_methods(args.method)]
         decoding = Decoding(
@@ -58,15 +61,31 @@ def run(args: argparse.Namespace) -> int:
     if rank == 0:
         print("\n".join(loaded.report()))
     if args.check:
-        return _check(loaded, items)
+        return _check(args, loaded, items)
+    if args.predictions:
+        return _take_in(args, loaded, items)
     return _answer(args, loaded, usable(args, loaded, items), calibration, choices, decoding, rank, size)
 
 
-def _check(loaded: Loaded, items: list[Item]) -> int:
+def _check(args: argparse.Namespace, loaded: Loaded, items: list[Item]) -> int:
+    if args.export:
+        with blaming_input(OSError):
+            print(f"questions: {export_questions(loaded, items, args.export)}")
     broken = unreadable(items, progress=True)
     if broken:
         print("\n".join([f"{len(broken)} files that cannot be opened:", *(f"  {line}" for line in broken)]))
     return 1 if loaded.missing or loaded.malformed or broken else 0
+
+
+def _take_in(args: argparse.Namespace, loaded: Loaded, items: list[Item]) -> int:
+    """Scores answers made elsewhere: no model, and no videos."""
+    refuse_malformed(args, loaded)
+    results = Results(args.output or Path("results") / f"{loaded.benchmark.name}-elsewhere")
+    files = dict(args.predictions)
+    with blaming_input(DataError, ResultsError, OSError):
+        answers = {name: read_answers(path, loaded.items) for name, path in files.items()}
+        take_in(results, loaded, items, answers, files)
+    return _score(args, results)
 
 
 def _answer(
@@ -96,7 +115,7 @@ def _answer(
         reading=reading,
         context_limit=model.context_limit,
     )
-    with blaming_input(ResultsError, ValueError, TypeError, OSError, DeviceLost), notes_from_warnings():
+    with blaming_input(ResultsError, ValueError, TypeError, OSError), _going_on(), notes_from_warnings():
         in_force = {}
         for choice in choices:  # a setting out of range is found before the first question
             with choice.applied(model.model) as settings:
@@ -115,14 +134,23 @@ def _answer(
     if rank != 0:
         return 0
     failed = {p.item for p in results.predictions().values() if p.error is not None} & {item.id for item in items}
-    if args.speed:
-        timed = [item for item in items if item.id not in failed][: args.speed]
+    timed = [item for item in items if item.id not in failed][: args.speed or 0]
+    if timed:
         with blaming_input(ValueError, OSError), notes_from_warnings():
             write_speed(results, measure(runner, timed))
     _score(args, results)
     if failed:
         show.note(f"{len(failed)} questions failed, their reasons are above; --retry-failed asks them again")
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _going_on() -> Iterator[None]:
+    """A lost device is no fault of the input, and the run is not lost."""
+    try:
+        yield
+    except DeviceLost as error:
+        raise UserError(f"{error}; the same command in a new process goes on behind this question") from error
 
 
 def _tell_about(model: LoadedModel, decoding: Decoding) -> None:
@@ -152,6 +180,10 @@ def _score(args: argparse.Namespace, results: Results) -> int:
         with blaming_input(ImportError, OSError):
             path = write_report(results, evaluation, args.report)
         print(f"report: {path}")
+    if args.export:
+        with blaming_input(OSError):
+            paths = export(results, evaluation, args.export)
+        print(f"exported: {len(paths)} files in {args.export}")
     print(f"results: {results.folder}")
     return 0
 

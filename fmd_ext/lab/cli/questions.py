@@ -20,12 +20,15 @@ def load_questions(args: argparse.Namespace) -> Loaded:
         return load(args.benchmark, args.data, prompt=args.prompt, questions=args.questions)
 
 
-def choose(args: argparse.Namespace, items: Sequence[Item]) -> list[Item]:
-    """Those that the command line chooses."""
+def choose(args: argparse.Namespace, loaded: Loaded) -> tuple[list[Item], dict[str, Any]]:
+    """The items that the command line chooses, and what `held_out` records of the others.
+
+    A limit counts what is left when the calibration's videos are left out.
+    """
     with blaming_input(ValueError, OSError):
-        return select(
-            items, limit=args.limit, ids=ids_of(args.item), categories=args.category, exclude=ids_of(args.exclude)
-        )
+        named = select(loaded.items, ids=ids_of(args.item), categories=args.category, exclude=ids_of(args.exclude))
+        items, calibration = held_out(args, loaded, named)
+        return select(items, limit=args.limit), calibration
 
 
 def ids_of(arguments: Sequence[str]) -> list[str]:
@@ -74,17 +77,22 @@ def _calibration_videos(config: str | None, loaded: Loaded) -> set[str]:
     return named | {item.video for item in loaded.items if item.id in ids}
 
 
+def refuse_malformed(args: argparse.Namespace, loaded: Loaded) -> None:
+    """Raises UserError where records cannot be used, unless ``--allow-malformed`` says that this is known."""
+    if loaded.malformed and not args.allow_malformed:
+        raise UserError(
+            f"{len(loaded.malformed)} records are not as published, the first: {loaded.malformed[0]}; --check lists "
+            "them, --allow-malformed leaves them out"
+        )
+
+
 def usable(args: argparse.Namespace, loaded: Loaded, items: Sequence[Item]) -> list[Item]:
     """The items whose video is there.
 
     Raises UserError where records cannot be used or videos are missing, unless ``--allow-malformed`` and
     ``--allow-missing`` say that this is known.
     """
-    if loaded.malformed and not args.allow_malformed:
-        raise UserError(
-            f"{len(loaded.malformed)} records are not as published, the first: {loaded.malformed[0]}; --check lists "
-            "them, --allow-malformed leaves them out"
-        )
+    refuse_malformed(args, loaded)
     there = [item for item in items if item.path is not None]
     if len(there) < len(items) and not args.allow_missing:
         lacking = sorted({item.video for item in items if item.path is None})

@@ -79,11 +79,11 @@ def _show_yes_no(console: Console, evaluation: Evaluation, names: dict[str, str]
         for value, cells in table.rows.items():
             for method, cell in cells.items():
                 if cell.yes_no:
-                    names = ("precision", "recall", "f1", "yes_rate")
+                    metrics = ("precision", "recall", "f1", "yes_rate")
                     shown.add_row(
                         escape(value) if method == evaluation.baseline else "",
                         escape(names[method]),
-                        *(percent(cell.yes_no[name]) for name in names),
+                        *(percent(cell.yes_no[name]) for name in metrics),
                     )
     console.print(shown)
 
@@ -104,6 +104,8 @@ def show_speed(console: Console, speed: dict[str, Any]) -> None:
 
 
 def _show_speed(console: Console, evaluation: Evaluation, names: dict[str, str]) -> None:
+    if not evaluation.speed:
+        return
     shown = Table(title="time in this run (medians; the ratio is of the same batch)", title_justify="left")
     for name in (
         "",

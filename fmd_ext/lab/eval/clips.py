@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import logging
 import re
 import threading
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fmd_ext.inputs.chat import load_clip_for, prepare_batch
 from fmd_ext.inputs.media import Clip, MediaError
@@ -77,10 +80,12 @@ class ClipInputs:
     ) -> None:
         self.processor, self.reading, self.refuse = processor, reading, refuse
         self._kept: collections.OrderedDict[Path, Shown | str] = collections.OrderedDict()
+        self._reading = threading.Lock()  # one thread reads ahead, another reads a question of a failed batch again
 
     def read(self, batch: Sequence[Item]) -> list[Shown | str]:
         """The clips, or why they cannot be read."""
-        return [self._read(item.path) for item in batch]
+        with self._reading:
+            return [self._read(item.path) for item in batch]
 
     def prepare(self, batch: Sequence[Item], clips: Sequence[Shown | str] | None = None) -> list[Group]:
         """The inputs of a batch, in groups that can share a call; last the items that cannot be asked."""
@@ -100,12 +105,7 @@ class ClipInputs:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                inputs = prepare_batch(
-                    self.processor,
-                    [([shown.clip], item.prompt) for item, shown in rows],
-                    use_audio_in_video=self.reading.interleaved,
-                    frame_pixels=self.reading.frame_pixels,
-                )
+                inputs = _tried(lambda: self._inputs(rows)) if len(rows) == 1 else self._inputs(rows)
         except Exception as error:
             if len(rows) > 1:
                 return [group for row in rows for group in self._groups([row])]
@@ -123,6 +123,14 @@ class ClipInputs:
             )
         ]
 
+    def _inputs(self, rows: list[tuple[Item, Shown]]) -> dict[str, Any]:
+        return prepare_batch(
+            self.processor,
+            [([shown.clip], item.prompt) for item, shown in rows],
+            use_audio_in_video=self.reading.interleaved,
+            frame_pixels=self.reading.frame_pixels,
+        )
+
     def _read(self, path: Path | None) -> Shown | str:
         if path is None:
             return "the video is missing"
@@ -130,7 +138,9 @@ class ClipInputs:
             rates = {"fps": self.reading.fps, "max_frames": self.reading.max_frames}
             try:
                 with _log_of_this_thread() as told:
-                    clip = load_clip_for(self.processor, path, progress=False, **rates)
+                    clip = _tried(
+                        lambda: load_clip_for(self.processor, path, progress=False, **rates), free=self._kept.clear
+                    )
                 self._kept[path] = self._shown(clip, [message.removeprefix(f"{path} ") for message in told])
             except Exception as error:
                 self._kept[path] = reason_of(error)
@@ -174,6 +184,33 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, (MediaError, OSError)) and lines:
         return lines[0]
     return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's memory, and a message for a CPU's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
+def free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tried(function: Callable[[], Any], *, free: Callable[[], None] = lambda: None) -> Any:
+    """What the function gives; where it runs out of memory, once more with the memory freed."""
+    try:
+        return function()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    free()  # behind the except clause: within it the error holds on to what was read
+    free_memory()
+    return function()
 
 
 @contextlib.contextmanager

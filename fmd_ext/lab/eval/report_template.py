@@ -124,7 +124,7 @@ together. A dash: methods that differ so rarely cannot gain so much.</p>{% endif
 <p class="quiet">The score of all captions together is what papers give. Interval, difference and test are of the
 captions' own scores, with the video as a cluster.</p>
 {% endif %}
-<h2>Speed</h2>
+{% if speed or run_speed %}<h2>Speed</h2>{% endif %}
 {% if speed %}
 <p>{{ speed.num_items }} prompts of about {{ speed.prompt_tokens }} tokens, {{ speed.tokens }} new tokens each, one
 prompt at a time, methods in turn. Ratios are medians over prompts with quartiles, over cached {{ baseline }}
@@ -136,12 +136,12 @@ decoding.</p>
 <td class="number">{{ row[3] }}</td><td>{{ row[4] }}</td><td class="number">{{ row[5] }}</td></tr>
 {% endfor %}</table></div>
 {% endif %}
-<p>In the run itself, medians:</p>
+{% if run_speed %}<p>In the run itself, medians:</p>
 <div class="wide"><table>
 <tr><th>method</th><th class="number">first token</th><th class="number">over {{ baseline }}</th>
 <th class="number">seconds per answer</th><th class="number">tokens per answer</th></tr>
 {% for row in run_speed %}<tr><td>{{ row[0] }}</td>{% for value in row[1:] %}<td class="number">{{ value }}</td>
-{% endfor %}</tr>{% endfor %}</table></div>
+{% endfor %}</tr>{% endfor %}</table></div>{% endif %}
 {% if examples %}
 <h2>Answers that flip</h2>
 {% for method in examples %}

@@ -11,7 +11,6 @@ by one, and one that runs out of memory alone is tried once more with the memory
 from __future__ import annotations
 
 import collections
-import gc
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,17 @@ from tqdm import tqdm
 
 from fmd_ext.inputs.chat import to_device
 from fmd_ext.inputs.media import clip_seconds
-from fmd_ext.lab.eval.clips import CUT_OFF, NON_FINITE, ClipInputs, Group, Reading, Shown, reason_of
+from fmd_ext.lab.eval.clips import (
+    CUT_OFF,
+    NON_FINITE,
+    ClipInputs,
+    Group,
+    Reading,
+    Shown,
+    free_memory,
+    is_out_of_memory,
+    reason_of,
+)
 from fmd_ext.lab.eval.generation import Decoding, answer, max_new_tokens_for
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import Choice
@@ -55,13 +64,20 @@ def make_batches(items: Sequence[Item], size: int) -> list[list[Item]]:
         raise ValueError(f"the batch size must be 1 or more, got {size}")
     if size == 1:
         return [[item] for item in items]
-    seconds = {item.video: clip_seconds(item.path) for item in items}
+    seconds = {item.video: _seconds(item) for item in items}
     kinds = {"caption": 1}  # longer answers in batches of their own
     order = sorted(items, key=lambda item: (kinds.get(item.kind, 0), -seconds[item.video], item.video, item.id))
     groups: dict[int, list[Item]] = collections.defaultdict(list)
     for item in order:
         groups[kinds.get(item.kind, 0)].append(item)
     return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
+
+
+def _seconds(item: Item) -> float:
+    try:
+        return clip_seconds(item.path)
+    except Exception:  # a damaged file can raise anything; the question itself will say what is wrong with it
+        return 0.0
 
 
 class Runner:
@@ -187,12 +203,12 @@ class Runner:
         try:
             return self._answered(choice, group, sample)
         except Exception as error:
-            reason, out_of_memory = reason_of(error), _is_out_of_memory(error)
+            reason, out_of_memory = reason_of(error), is_out_of_memory(error)
             if not out_of_memory and isinstance(error, torch.AcceleratorError):
                 raise DeviceLost(reason) from error
         # Behind the except clause: within it the error holds on to the call's tensors.
         if out_of_memory:
-            _free_memory()
+            free_memory()
         if len(group.items) > 1:
             alone = [single for item in group.items for single in self.clips.prepare([item])]
             return [p for single in alone for p in self._predictions(choice, single, sample)]
@@ -246,21 +262,6 @@ def _failed(choice: Choice, group: Group, sample: int, reason: str) -> list[Pred
         Prediction(choice.name, item.id, sample, item.prompt, None, error=reason, shown=own, notes=own_notes)
         for item, own, own_notes in zip(group.items, shown, notes, strict=True)
     ]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class for a GPU's memory, and a message for a CPU's."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def judged(

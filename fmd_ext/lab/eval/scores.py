@@ -59,7 +59,7 @@ class Evaluation:
         tables: the first one is about all items together.
         averages: category to method to mean over its groups.
         captions: method to metric to its cell; a text where it could not be computed.
-        speed: method to its median times in the run, and their ratio to the baseline's.
+        speed: timed method to its median times in the run, and their ratio to the baseline's.
         items_needed: gain to number of items that shows it with 80 % power, per method against the baseline.
         detectable: method to the gain that this run's items show with 80 % power.
         flips: method to ids of items that it gained and lost against the baseline.
@@ -191,7 +191,8 @@ def write_scores(results: Results, evaluation: Evaluation) -> None:
 def _speed(
     items: list[Item], predictions: dict[Key, Prediction], methods: list[str], samples: int
 ) -> dict[str, dict[str, float]]:
-    """Medians over answers, and medians of the ratios to the baseline's answer to the same item."""
+    """Medians over answers, and medians of the ratios to the baseline's answer to the same item; nan where the baseline
+    was not timed. Answers made elsewhere have no times, and their methods are left out."""
 
     def times(method: str) -> np.ndarray:
         rows = [predictions[method, item.id, sample] for item in items for sample in range(samples)]
@@ -201,9 +202,12 @@ def _speed(
     speed: dict[str, dict[str, float]] = {}
     for method in methods:
         own = times(method)
+        if not own[:, 1].any():
+            continue
+        timed = reference[:, 0] > 0
         speed[method] = {
             "first_token_s": float(np.median(own[:, 0])),
-            "first_token_ratio": float(np.median(own[:, 0] / reference[:, 0])),
+            "first_token_ratio": float(np.median(own[timed, 0] / reference[timed, 0])) if timed.any() else math.nan,
             "seconds_per_answer": float(np.median(own[:, 2])),
             "tokens_per_answer": float(own[:, 3].mean()),
         }

@@ -138,7 +138,7 @@ class YesNoQuestions:
         after = (int(self.opening.positions.max()) + 1 + torch.arange(length)).expand(3, clips, length)
         for ids, last, items in zip(batch.ids, batch.last, batch.items, strict=True):
             # What is behind the answer's place is padding, which nothing before it can see.
-            logits = entry(input_ids=ids, position_ids=after, **cache_kwargs(cache), use_cache=True, **labels).logits
+            logits = entry(input_ids=ids, position_ids=after, **cache_kwargs(cache), use_cache=True).logits  # text
             cache.crop(-length)
             chosen = logits[torch.arange(clips), last][:, self.words]
             there = items >= 0

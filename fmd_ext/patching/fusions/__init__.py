@@ -1,1 +1,1 @@
-"""Speed that is not FMD: parts of a model that run as fewer, larger ops. Exact up to rounding."""
+"""Fusions: parts of a model that run as fewer, larger ops, with the same results up to rounding."""

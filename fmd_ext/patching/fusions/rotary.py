@@ -46,7 +46,10 @@ class FusedRotation:
         return self._forward(module, *args, **name_cache(kwargs, self._cache_name))
 
     def defer(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """q [1, num_qo_heads, rows, head_dim] as it will be once the cache has been given k, and k as it is."""
+        """Leaves the rotation of ``q`` and ``k`` [1, heads, rows, head_dim] to the append of this layer.
+
+        Returns memory for the rotated q, which the append fills, and k as it is, which the append rotates.
+        """
         call = self.session.call
         if call is None or args or kwargs or not _is_served(q, k, cos, sin):
             return self._rotate(q, k, cos, sin, *args, **kwargs)

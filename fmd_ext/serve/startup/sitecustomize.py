@@ -17,7 +17,7 @@ class _BeforeTorchvision:
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
         if name == "torchvision":
             sys.meta_path.remove(_BeforeTorchvision)
-            from fmd_ext.compat import mend_torchvision
+            from fmd_ext.torchvision_mend import mend_torchvision
 
             mend_torchvision()
 

@@ -82,6 +82,7 @@ _PREDICATES = {_SEEN, _HEARD, _MATCH}
 # Words that deny by themselves, said in other words.
 _ANTONYMS = [
     (re.compile(r"\binvisible\b"), "not visible"),
+    (re.compile(r"\bno (?:differences?|mismatch|contradictions?)\b"), "match"),
     (re.compile(r"\b(?:silent|inaudible|mute|soundless)\b"), "not sound"),
     (re.compile(r"\b(?:absent|missing)\b"), "not present"),
     (re.compile(r"\b(?:mismatch(?:ed|ing)?|inconsistent|unrelated|misaligned)\b"), "not match"),
@@ -195,7 +196,9 @@ def _statement(clause: str, asked: list[str], *, strictly: bool) -> str | None:
     nouns = [word for word in content if word not in _PREDICATES]
     if denials and _NO_THING.match(clause) and (not strictly or _PREDICATES & set(content) <= predicates):
         # Denied altogether, whatever it would do; "no cat" says nothing about a dog.
-        return NO if not subjects or not nouns or subjects[0] in nouns else None
+        if not subjects:
+            return NO if (not asked and not strictly) or predicates & set(content) else None
+        return NO if not nouns or subjects[0] in nouns else None
     if not strictly:
         if _BARE.match(clause):
             return verdict

@@ -1,0 +1,86 @@
+"""The benchmarks as one inspect_ai task, with our prompts and our reading of answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inspect_ai import Task, task
+from inspect_ai.dataset import MemoryDataset, Sample
+from inspect_ai.model import ChatMessageUser, ContentText, ContentVideo, GenerateConfig
+from inspect_ai.scorer import (
+    CORRECT,
+    INCORRECT,
+    NOANSWER,
+    Score,
+    Scorer,
+    Target,
+    accuracy,
+    grouped,
+    scorer,
+    stderr,
+)
+from inspect_ai.solver import TaskState, generate
+
+from fmd_ext.lab.eval.benchmarks import load
+from fmd_ext.lab.eval.items import Item
+from fmd_ext.lab.eval.run import judged
+
+FORMATS = {".mp4": "mp4", ".mov": "mov", ".mpeg": "mpeg", ".mpg": "mpeg"}
+
+
+@task
+def benchmark(name: str, data: str, prompt: str = "default", questions: str | None = None) -> Task:
+    """Questions of a benchmark whose video is there; captions are left out: their scores are of a corpus.
+
+    Args:
+        name: of a benchmark, as for ``fmd-ext eval``.
+        data, prompt, questions: folder, prompt and question file, as there.
+
+    Raises ValueError where nothing can be asked, and for records that are not as published.
+    """
+    loaded = load(name, data, prompt=prompt, questions=questions)
+    if loaded.malformed:
+        raise ValueError(f"{len(loaded.malformed)} records are not as published, the first: {loaded.malformed[0]}")
+    items = [item for item in loaded.items if item.kind != "caption" and item.path is not None]
+    if not items:
+        raise ValueError(f"none of the questions in {', '.join(map(str, loaded.files))} has a video and a score")
+    table = loaded.benchmark.tables[0]
+    most = max(loaded.benchmark.max_new_tokens[item.kind] for item in items)
+    return Task(
+        name=f"fmd_{name}",
+        dataset=MemoryDataset([_sample(item, table) for item in items], name=name),
+        solver=generate(),
+        scorer=as_a_person_reads(),
+        config=GenerateConfig(temperature=0.0, max_tokens=most),
+        metadata={"questions": loaded.digest, "prompt": loaded.prompt.template},
+    )
+
+
+@scorer(metrics=[accuracy(), stderr(cluster="video"), grouped(accuracy(), "group", all=False)])
+def as_a_person_reads() -> Scorer:
+    """`fmd_ext.lab.eval.parsing`: right, wrong, or no answer (which counts as wrong)."""
+
+    async def score(state: TaskState, target: Target) -> Score:
+        about = state.metadata
+        item = Item(
+            str(state.sample_id), about["video"], None, about["question"], about["kind"], target.text, about["options"]
+        )
+        parsed, right = judged(item, state.output.completion)
+        value = NOANSWER if parsed is None else CORRECT if right else INCORRECT
+        return Score(value=value, answer=parsed, explanation=state.output.completion)
+
+    return score
+
+
+def _sample(item: Item, table: str) -> Sample:
+    suffix = item.path.suffix.lower()
+    video = ContentVideo(video=str(item.path.resolve()), format=FORMATS.get(suffix, "mp4"))
+    metadata: dict[str, Any] = {
+        "video": item.video,
+        "question": item.question,
+        "kind": item.kind,
+        "options": item.options,
+        "group": next(iter(item.values(table)), "other"),
+    }
+    message = ChatMessageUser(content=[video, ContentText(text=item.prompt)])
+    return Sample(id=item.id, input=[message], target=item.answer, metadata=metadata)

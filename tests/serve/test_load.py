@@ -1,0 +1,33 @@
+"""An hour's worth of requests, at one per second, asked of a server as fast as it answers, where FMD_EXT_SERVE=all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from http_server import Server, mixed_requests
+
+pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-serve makes an environment with it")
+if os.environ.get("FMD_EXT_SERVE") != "all":
+    pytest.skip("the long load takes minutes: FMD_EXT_SERVE=all runs it", allow_module_level=True)
+
+HOUR = 3600  # requests
+MOST_GROWTH = 25  # MiB: less than 10 KB for each of the requests after the first third
+
+
+def test_memory_does_not_grow(tmp_path):
+    server = Server(tmp_path / "log.txt", "--fork-layers", "2").wait()
+    try:
+        requests = mixed_requests(210)  # some of every kind about every clip; caches have seen all in the first round
+        expected, memory = server.answers(requests, at_once=16), []
+        for _ in range(HOUR // len(requests)):
+            assert server.answers(requests, at_once=16) == expected
+            memory.append(round(server.memory()))
+        print("MiB after each round:", memory)
+        third = len(memory) // 3
+        assert max(memory[-third:]) - max(memory[:third]) < MOST_GROWTH, memory
+        server.answer(requests[0])
+        assert server.metric("vllm:kv_cache_usage_perc") == 0
+    finally:
+        server.stop()
