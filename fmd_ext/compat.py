@@ -118,7 +118,7 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
             kwargs = name_cache(kwargs, NEW_CACHE_NAME)
         return forward(*args, **kwargs)
 
-    renamed.__signature__ = signature.replace(
+    renamed.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what `inspect` reads of any function
         parameters=[
             p.replace(name=cache_name()) if p.name == NEW_CACHE_NAME else p for p in signature.parameters.values()
         ]

@@ -124,6 +124,7 @@ class FMDConfig:
         """
         if self.alpha == AUTO:
             return (self.text_weight, math.nan, math.nan, self.text_weight)
+        alpha: Mapping[str, Any]
         alpha = self.alpha if isinstance(self.alpha, Mapping) else dict.fromkeys(MODALITIES, self.alpha)
         return (self.text_weight, alpha["visual"], alpha["audio"], self.text_weight)
 

@@ -46,6 +46,11 @@ def test_python_format():
     check(tool("ruff"), "format", "--check", "--no-cache", ".")
 
 
+def test_python_types():
+    """Of the rooms that `patch` runs through; pyproject.toml says which, and what is taken as it comes."""
+    check(tool("mypy"))
+
+
 def test_cxx_format():
     check(tool("clang-format"), "--dry-run", "-Werror", *map(str, cxx_files()))
 

@@ -20,7 +20,7 @@ def fingerprint(*parts: nn.Module) -> int:
     switched, merged or scaled, no model moved, no layer replaced. Weights changed in place do not count: a replay reads
     them anew.
     """
-    seen = []
+    seen: list[tuple[Any, ...]] = []
     for module in (module for part in parts for module in part.modules()):
         seen.append((id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)))
         seen.extend((name, id(tensor), _address(tensor), tensor.dtype) for name, tensor in _tensors(module))

@@ -51,7 +51,7 @@ class StaticLoop:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
         wants_dict = generation_config.return_dict_in_generate
-        records = {
+        records: dict[str, Any] = {
             name: () for name in ("scores", "logits") if wants_dict and getattr(generation_config, f"output_{name}")
         }
         out = model._prefill(input_ids, generation_config, model_kwargs)

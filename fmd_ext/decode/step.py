@@ -208,8 +208,11 @@ class StaticStep:
 
 def _pools_like(layer: Any, tables: tuple) -> Pools:
     num_slots = tables[layer.layer_idx >= layer.state.fork_layers].num_slots
-    shapes = ((pool.shape[0], num_slots, pool.shape[2]) for pool in (layer.keys, layer.values))
-    return tuple(torch.empty(shape, dtype=layer.dtype, device=layer.device) for shape in shapes)
+
+    def empty(pool: torch.Tensor) -> torch.Tensor:
+        return torch.empty((pool.shape[0], num_slots, pool.shape[2]), dtype=layer.dtype, device=layer.device)
+
+    return empty(layer.keys), empty(layer.values)
 
 
 def _growth(plan: Plan, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,6 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from fmd_ext import ops
-from fmd_ext.config import AUTO
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
@@ -178,7 +177,7 @@ class BranchedState:
         self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
         self.trunk_table = SegmentTable(batch, 1)
         depth = self.session.config.fork_layers
-        self.fork_layers = None if depth == AUTO else depth
+        self.fork_layers = depth if isinstance(depth, int) else None
         self.home_weights: torch.Tensor | None = None
 
     def table_of(self, layer_idx: int) -> SegmentTable:

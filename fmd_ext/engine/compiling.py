@@ -21,7 +21,8 @@ def as_python(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return _untraced()(function, args, kwargs)
 
 
-as_python._torchdynamo_disable = True  # Dynamo breaks its graph here, as at a function that torch.compiler.disable made
+# Dynamo breaks its graph here, as at a function that torch.compiler.disable made.
+as_python._torchdynamo_disable = True  # type: ignore[attr-defined]  # a mark on the function
 
 
 def _apply(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -146,4 +146,6 @@ def _refuse(name: str, array: np.ndarray, wrong: np.ndarray, why: str) -> None:
 if library.why_not_compiled():
     make_plan = make_plan_in_python
 else:
-    from fmd_ext._core import make_plan  # noqa: F401
+    from fmd_ext._core import make_plan as make_plan_compiled
+
+    make_plan = make_plan_compiled

@@ -86,9 +86,10 @@ def _sample(
     branch_embeds: torch.Tensor | None,
     labels: torch.Tensor,
     position_ids: torch.Tensor,
-    deepstack: Sequence[torch.Tensor],
+    deepstack: Sequence[torch.Tensor] | torch.Tensor,
 ) -> list[torch.Tensor]:
     """All hidden states [1, length, hidden] of one sample without padding."""
+    assert isinstance(config.fork_layers, int)
     rotary = decoder.rotary_emb(embeds, position_ids)
     length = embeds.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
@@ -192,15 +193,15 @@ def decoder_inputs(model: nn.Module, adapter: Any = None, mask_scale: float = 0.
         labels = labels if found is None else found.long()
     if mask is not None:
         labels = labels.masked_fill(mask == 0, PADDING)
-    found = {"inputs_embeds": embeds, "position_ids": caught.get("position_ids"), "labels": labels}
+    given: dict[str, Any] = {"inputs_embeds": embeds, "position_ids": caught.get("position_ids"), "labels": labels}
     if branch_embeds is not None:
-        found["branch_embeds"] = branch_embeds
+        given["branch_embeds"] = branch_embeds
     if caught.get("deepstack_visual_embeds") is not None:
         features, where = caught["deepstack_visual_embeds"], caught["visual_pos_masks"]
-        found["deepstack"] = embeds.new_zeros((len(features), *embeds.shape))
+        given["deepstack"] = embeds.new_zeros((len(features), *embeds.shape))
         for layer, added in enumerate(features):
-            found["deepstack"][layer, where] = added.to(embeds.dtype)
-    return found
+            given["deepstack"][layer, where] = added.to(embeds.dtype)
+    return given
 
 
 @torch.no_grad()
@@ -234,7 +235,7 @@ def reference_generate(
         positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     tokens = []
     for _ in range(max_new_tokens):
-        hidden = reference_hidden(
+        hidden: Any = reference_hidden(
             decoder, config, embeds, labels, positions, branch_embeds=branches, deepstack=deepstack
         )
         token = entry.get_output_embeddings()(hidden[:, -1]).argmax(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class Session:
         """The call that runs ``plan`` over the cache of ``state``."""
         if self._open_call is not None:
             return self._open_call(plan, labels, state)
-        return Call(plan, self.config.fork_layers, state.home_weights)
+        return Call(plan, cast(int, self.config.fork_layers), state.home_weights)
 
     def merge_weights(self, device: torch.device) -> torch.Tensor:
         """The config's `merge_weights`, float32 [4]. Kept: copying them in every call would wait for the device."""

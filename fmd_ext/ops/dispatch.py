@@ -56,7 +56,7 @@ class Facts:
         attention: whether the op is attention.
         missing: why the op library for this device is not loaded; "" where it is.
         hip: torch's ROCm version, whose devices torch calls "cuda"; None for other builds of torch.
-        capability: compute capability of a CUDA device.
+        capability: compute capability of a CUDA device, (0, 0) of others.
     """
 
     device: str
@@ -65,7 +65,7 @@ class Facts:
     attention: bool = True
     missing: str = ""
     hip: str | None = None
-    capability: tuple[int, int] | None = None
+    capability: tuple[int, int] = (0, 0)
 
 
 def decide(facts: Facts) -> Path:
@@ -182,7 +182,7 @@ def _facts(device: torch.device, dtype: torch.dtype, head_dim: int | None, atten
         attention=attention,
         missing=state.reason if state else "",
         hip=torch.version.hip,
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
     )
 
 

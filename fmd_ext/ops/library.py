@@ -158,6 +158,7 @@ def select_cpu_isa(name: str) -> None:
     """
     if _cpu is None and not load()["cpu"].loaded:
         raise RuntimeError(f"there is no CPU kernel to choose: {load()['cpu'].reason}")
+    assert _cpu is not None  # `load` has set it
     reason = _cpu.fmd_ext_select_cpu_isa(name.encode())
     if reason is not None:
         raise ValueError(reason.decode())

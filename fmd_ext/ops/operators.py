@@ -16,11 +16,19 @@ checked on the CPU only: elsewhere that would wait for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmd_ext.ops import dispatch, library, torch_path
+
+_append: Callable[..., None]
+_rope_append: Callable[..., None]
+_merge: Callable[..., None]
+_prefill: Callable[..., tuple[Tensor, Tensor]]
+_decode: Callable[..., tuple[Tensor, Tensor]]
+_fake: Callable[..., Any]
 
 
 def refuse_by_value_error(op: Callable) -> Callable:
@@ -55,8 +63,10 @@ else:  # an installation without compiled code
     _append, _rope_append, _merge = torch_path.append_, torch_path.rope_append_, torch_path.merge_
     _prefill, _decode = torch_path.branched_prefill, torch_path.branched_decode
 
-    def _fake(name: str) -> Callable[[Callable], Callable]:
+    def _fake_nothing(name: str) -> Callable[[Callable], Callable]:
         return lambda function: function
+
+    _fake = _fake_nothing
 
 
 def append_(k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:

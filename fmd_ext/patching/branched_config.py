@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, SupportsIndex
 
 from fmd_ext.engine.forward import ATTENTION_NAME
 
@@ -18,6 +18,8 @@ class BranchedConfig:
     """
 
     __slots__ = ()
+    _fmd_original: Any
+    _fmd_attention: str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Calls no base class: transformers' would make a dataclass, with an equality of its own, of a subclass."""
@@ -30,7 +32,7 @@ class BranchedConfig:
     def _attn_implementation_internal(self, name: str | None) -> None:
         self.__dict__[_ATTENTION] = name
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickled, it is the original."""
         return original_config, (self._fmd_original,)
 
@@ -44,7 +46,8 @@ class BranchedConfig:
 def branched_config(config: Any, attention: str = ATTENTION_NAME) -> Any:
     """A `BranchedConfig` over ``config``, whose layers read the attention function ``attention``."""
     config = original_config(config)
-    view = object.__new__(_class_over(type(config)))
+    own: type = type(config)
+    view: Any = object.__new__(_class_over(own))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_fmd_original", config)
     object.__setattr__(view, "_fmd_attention", attention)

@@ -114,8 +114,8 @@ class EntryForward(_Entry):
         if ids is None or not prompt.is_read or not prompt.has_content:
             return True
         labels = prompt.labels_for(len(ids))[:, : ids.shape[1]]
-        fed = self.read_labels.of_ids(ids[:, : labels.shape[1]], call)
-        fed = np.zeros_like(labels) if fed is None else check_labels(fed)
+        read = self.read_labels.of_ids(ids[:, : labels.shape[1]], call)
+        fed = np.zeros_like(labels) if read is None else check_labels(read)
         return bool((fed > TEXT)[labels > TEXT].all())
 
 

@@ -148,7 +148,7 @@ class Handle:
                 put.override(module, "forward", FusedRotation, self.adapter.rotary)
         for module in (m for part in (*decoder.layers, decoder.norm) for m in part.modules() if is_plain(m)):
             put.override(module, "forward", FusedNorm)
-        first = 1 if self.config.fork_layers == AUTO else self.config.fork_layers
+        first = self.config.fork_layers if isinstance(self.config.fork_layers, int) else 1  # auto forks at least one
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             put.pre_hook(module, MergeHook(self.session, index))
 

@@ -259,13 +259,15 @@ def _calling_override(method: str, original: Any) -> Any:
     calling.__doc__ = getattr(original, "__doc__", None)
     signature = inspect.signature(original)  # transformers inspects that of forward
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    calling.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    parameters = [first, *signature.parameters.values()]
+    calling.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # `inspect` reads it
     return calling
 
 
 def _reaches(function: Any, target: Any, module: nn.Module) -> bool:
     """Whether ``function`` is ``target`` or holds it: in a closure, a partial, a wrapper, or a hook of accelerate."""
-    seen, waiting = set(), [function]
+    seen: set[int] = set()
+    waiting = [function]
     while waiting and len(seen) < 1000:
         held = waiting.pop()
         if held is target:

@@ -71,7 +71,8 @@ def _window(decoder: nn.Module, attention: nn.Module) -> int | None:
 
 def _is_read(name: str, decoder: nn.Module) -> bool:
     """Whether the source file of the decoder's layers mentions a setting; a config may hold one that nothing reads."""
-    sources = [_source(kind) for kind in {type(decoder), type(decoder.layers[0])}]
+    kinds: set[type] = {type(decoder), type(decoder.layers[0])}
+    sources = [_source(kind) for kind in kinds]
     return not all(sources) or any(name in source for source in sources)
 
 

@@ -62,6 +62,7 @@ def test_the_wheel_holds_licence_and_type_marker(uncompiled_wheel):
     with zipfile.ZipFile(uncompiled_wheel[0]) as content:
         names = content.namelist()
         [metadata] = [content.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")]
+    assert "fmd_ext/lab/trained/model/README.md" in names
     assert "fmd_ext/py.typed" in names and any(name.endswith("/licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
 

@@ -15,6 +15,7 @@ from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import load
 from fmd_ext.lab.synthetic import RELATIONS
 from fmd_ext.lab.trained import CLIPS, MODEL, SETTINGS, bundled_scenes
+from paths import ROOT
 
 SIX_LAYERS = 6
 
@@ -40,6 +41,16 @@ def test_it_is_small_and_whole(trained):
     assert trained.num_parameters() < 5e6 and trained.dtype == torch.float32
     assert trained.config.get_text_config().num_hidden_layers == SIX_LAYERS
     FMDConfig.from_file(SETTINGS).resolve(FMDConfig(), SIX_LAYERS)
+
+
+def test_its_card_says_what_the_evidence_says():
+    """Its figures are lines of docs/evidence.md."""
+    card, evidence = (MODEL / "README.md").read_text(), (ROOT / "docs" / "evidence.md").read_text()
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and [row for row in rows if row not in evidence.splitlines()] == []
+    assert "1.4 M parameters" in card and "1.4 M parameters" in evidence and "license: apache-2.0" in card
+    assert "20 have a picture only, 3 a sound only and 8 both" in " ".join(card.split())
+    assert "20 have a picture only, 3 a sound only and 8 both" in evidence
 
 
 def test_the_clips_are_of_all_relations_and_small(clips):
