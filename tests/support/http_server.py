@@ -121,19 +121,12 @@ class Server:
             text = response.read().decode()
         return float(re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)[1])
 
-    def _processes(self) -> list[Any]:
+    def memory(self) -> float:
+        """MiB of all its processes, shared pages counted once."""
         import psutil
 
         server = psutil.Process(self.process.pid)
-        return [server, *server.children(recursive=True)]
-
-    def memory(self) -> float:
-        """MiB of all its processes, shared pages counted once."""
-        return sum(process.memory_full_info().pss for process in self._processes()) / 2**20
-
-    def cpu_seconds(self) -> float:
-        """Of all its processes so far; what else the machine does is not in it."""
-        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
+        return sum(p.memory_full_info().pss for p in [server, *server.children(recursive=True)]) / 2**20
 
 
 def streamed(response: Any, empty: bool = False) -> Any:
