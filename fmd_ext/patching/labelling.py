@@ -102,7 +102,7 @@ def prompt_length(call: dict[str, Any]) -> int | None:
     ids = prompt_ids(call)
     embeds, mask, past = call.get("inputs_embeds"), call.get("attention_mask"), cached(call)
     if isinstance(embeds, torch.Tensor) and embeds.dim() == 3:
-        return past + embeds.shape[1]
+        return embeds.shape[1]  # transformers takes them for the whole sequence, cached positions included
     if ids is None:
         return None
     return past + ids.shape[1] if only_new(ids, mask, past) else ids.shape[1]

@@ -201,7 +201,8 @@ def test_what_was_chosen_stays_with_the_cache(model):
     model(input_ids=torch.full((2, 1), 50), past_key_values=cache)
     assert torch.equal(handle.last_call.home_weights, first.home_weights[[1, 1]])
     embeds = torch.randn(2, 4, 128)
-    model.get_decoder()(inputs_embeds=embeds, past_key_values=cache, modality_labels=[[1, 2, 0, 0]] * 2)
+    labels = [[0] * cache.get_seq_length() + [1, 2, 0, 0]] * 2
+    model.get_decoder()(inputs_embeds=embeds, past_key_values=cache, modality_labels=labels)
     assert handle.last_call.observer is None and handle.last_call.fork_layers == first.fork_layers
 
 
