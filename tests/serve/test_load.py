@@ -13,7 +13,7 @@ if os.environ.get("FMD_EXT_SERVE") != "all":
     pytest.skip("the long load takes minutes: FMD_EXT_SERVE=all runs it", allow_module_level=True)
 
 HOUR = 3600  # requests
-# MiB in the second half of the hour. The inputs made of one clip are half a MiB, so losing those of one request in twenty
+# MiB in the second half of the hour. The inputs made of one clip are half a MiB, so losing those of one request in ten
 # would be seen. In the first half the allocators of vLLM's processes take what they go on to reuse.
 MOST_GROWTH = 50
 
