@@ -91,8 +91,10 @@ def test_torchvision_is_mended_in_processes_that_vllm_starts():
     added = environment.process_environment()
     if not added:
         pytest.skip("torchvision is not there, or its own ops load beside this torch")
-    paths = os.pathsep.join([added["PYTHONPATH"], os.path.dirname(os.path.dirname(fmd_ext.__file__))])
-    for path, works in ((paths, True), (os.environ.get("PYTHONPATH", ""), False)):
+    package = os.path.dirname(os.path.dirname(fmd_ext.__file__))
+    mended = os.pathsep.join([str(environment._STARTUP), package])
+    assert added["PYTHONPATH"].split(os.pathsep)[0] == str(environment._STARTUP)
+    for path, works in ((mended, True), (package, False)):
         run = [sys.executable, "-c", "import torchvision"]
         said = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
         assert (said.returncode == 0) == works, said.stderr
