@@ -66,6 +66,8 @@ def mend_torchvision() -> str:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return "absent"
+    if _torchvision_declarations:  # by the finder above, which the search for the spec has asked
+        return "declared"
     import torch
 
     if _has_op("nms") or _load_torchvision_ops(Path(spec.submodule_search_locations[0])):

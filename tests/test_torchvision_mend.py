@@ -106,3 +106,15 @@ def test_the_installed_torchvision_can_resize():
 
     image = torch.arange(3 * 16 * 16, dtype=torch.uint8).reshape(3, 16, 16)
     assert transforms.resize(image, [8, 4], antialias=True).shape == (3, 8, 4)
+
+
+def test_what_the_finder_declared_is_not_taken_for_torchvisions_own(folder):
+    """The mend's search for torchvision asks the finder, which mends in its turn."""
+    code = f"""
+sys.path.insert(0, {str(ROOT)!r})
+import fmd_ext
+from fmd_ext.torchvision_mend import mend_torchvision
+print(mend_torchvision())
+"""
+    result = run(code, folder)
+    assert result.returncode == 0 and result.stdout.split() == ["declared"], result.stderr

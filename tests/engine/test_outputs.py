@@ -67,6 +67,8 @@ def test_router_logits_of_the_thinker():
     model = tiny_qwen3_thinker(seed=0)
     inputs = build_inputs([VIDEO_AUDIO, TEXT_ONLY], family=QWEN3)
     expected = model(**inputs, output_router_logits=True)
+    if expected.router_logits is None:
+        pytest.skip("the thinker of this transformers does not hand its router logits on, patched or not")
     fmd_ext.patch(model, fork_layers=1)
     actual = model(**inputs, output_router_logits=True)
     assert [r.shape for r in actual.router_logits] == [r.shape for r in expected.router_logits]

@@ -18,7 +18,7 @@ from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
 peft = pytest.importorskip("peft")
 
 CONFIG = FMDConfig(fork_layers=2, masking="zero", alpha=0.7).resolve(FMDConfig(), 4)
-LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|v_proj|down_proj)"
+LINEARS = r"(.*language_model|model)\.layers\.\d+\.(self_attn|mlp)\.(q_proj|v_proj|down_proj)"
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 VIRTUAL = 3
 
@@ -38,7 +38,10 @@ def labels_of(model, inputs):
 
 @pytest.fixture(params=["PromptTuningConfig", "PromptEncoderConfig"])
 def prompt_tuned(request):
-    return wrapped(getattr(peft, request.param)(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL))
+    model = wrapped(getattr(peft, request.param)(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL))
+    if getattr(model, "word_embeddings", None) is None:  # transformers 5.17
+        pytest.skip("PEFT finds no word embeddings in the thinker of this transformers, patched or not")
+    return model
 
 
 def expected_behind_virtual_tokens(model, inputs):
@@ -143,7 +146,7 @@ def test_adapters_that_count_rows_are_refused():
     inputs = build_inputs([VIDEO_AUDIO])
     activated = wrapped(lora(task_type="CAUSAL_LM", alora_invocation_tokens=[40, 41]))
     poly = wrapped(peft.PolyConfig(task_type="CAUSAL_LM", r=4, target_modules=LINEARS, n_tasks=2, n_skills=2))
-    lily = wrapped(peft.LilyConfig(target_modules=r".*language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj)"))
+    lily = wrapped(peft.LilyConfig(target_modules=r"(.*language_model|model)\.layers\.\d+\.mlp\.(gate_proj|up_proj)"))
     for model, more, says in (
         (activated, {}, "this call brings alora_offsets .an aLoRA adapter"),
         (poly, {"task_ids": torch.tensor([1])}, "this call brings task_ids .Poly"),
