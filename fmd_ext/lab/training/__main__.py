@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; results depend on it (%(default)s)")
     parser.add_argument("--every", type=int, default=200, help="steps between validations and saved states")
+    parser.add_argument("--without-asking", action="store_true", help="never ask which modality a question needs")
     parser.add_argument("--stop-at", type=int, help="stop at this step, to go on later")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -34,7 +35,8 @@ def main() -> None:
     train = build_pool(args.folder / "train", processor, split_scenes("train", args.clips))
     val_scenes = split_scenes("val", args.val_clips)
     val = build_pool(args.folder / "val", processor, val_scenes)
-    trainer = Trainer(new_model(processor, args.seed), processor, train, Schedule(args.steps), args.seed)
+    schedule = Schedule(args.steps, asked=0 if args.without_asking else Schedule.asked)
+    trainer = Trainer(new_model(processor, args.seed), processor, train, schedule, args.seed)
     state = args.folder / "state.pt"
     if state.exists():
         trainer.load(state)

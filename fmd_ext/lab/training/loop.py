@@ -29,7 +29,13 @@ MIXTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Steps and learning rates. ``apart``, ``together``: share of the steps after which that mixture ends."""
+    """Steps and learning rates.
+
+    Args:
+        apart, together: share of the steps after which that mixture ends.
+        asked: samples per step, five questions each, without a clip: which modality does the answer need? They are
+            drawn apart, so that a model trained without them (0) sees the same of all else.
+    """
 
     steps: int
     apart: float = 0.3
@@ -38,6 +44,7 @@ class Schedule:
     peak: float = 2e-3
     floor: float = 5e-5
     weight_decay: float = 0.05
+    asked: int = 2
 
     def rate(self, step: int) -> float:
         if step < self.warmup:
@@ -64,13 +71,15 @@ class Trainer:
         """One step of the optimizer; returns the loss."""
         rng = np.random.default_rng([self.seed, self.step])
         batch = draw_samples(self.pool, self.schedule.mixture(self.step), rng)
+        asked = Mixture({"asked": self.schedule.asked}, agreeing=0.0)
+        batch.update(draw_samples(self.pool, asked, np.random.default_rng([self.seed, self.step, 1])))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.rate(self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         video, audio = self._features(batch, rng)
         losses, questions = [], 0
-        for sort, samples in batch.items():
+        for sort, samples in ((sort, samples) for sort, samples in batch.items() if samples):
             losses.append(self._loss(self.openings[SORTS[sort]], samples, video.get(sort), audio.get(sort)))
             questions += sum(len(sample.questions) for sample in samples)
         loss = sum(losses) / questions
@@ -82,8 +91,8 @@ class Trainer:
 
     def _features(self, batch: dict[str, list[Sample]], rng: np.random.Generator) -> tuple[dict, dict]:
         """The encoders' output for all samples, [clips * tokens, hidden] per sort."""
-        seen = [sort for sort in batch if SORTS[sort] != "audio"]
-        heard = [sort for sort in batch if SORTS[sort] != "video"]
+        seen = [sort for sort in batch if SORTS[sort] in ("both", "video")]
+        heard = [sort for sort in batch if SORTS[sort] in ("both", "audio")]
         frames = self.pool.frames[[sample.picture for sort in seen for sample in batch[sort]]]
         frames = np.clip(frames + rng.integers(-12, 13, (len(frames), 1, 1, 1, 3)), 0, 255).astype(np.uint8)
         mels = self.pool.mels[[sample.sound for sort in heard for sample in batch[sort]]].astype(np.float32)
@@ -131,7 +140,7 @@ class Trainer:
 
 
 def openings(model: nn.Module, processor: Any, pool: Pool) -> dict[str, Opening]:
-    """The three sorts of prompts, by what they have: "both", "video" or "audio"."""
+    """The sorts of prompts, by what they have: "both", "video", "audio" or "none"."""
     rate = processor.feature_extractor.sampling_rate
     frames, audio = np.array(pool.frames[0]), np.zeros(pool.mels.shape[2] * rate // 100, np.float32)
     seconds = len(frames) / 2
@@ -139,6 +148,7 @@ def openings(model: nn.Module, processor: Any, pool: Pool) -> dict[str, Opening]
         "both": Clip(frames, 2.0, audio, rate, seconds),
         "video": Clip(frames, 2.0, None, rate, seconds),
         "audio": Clip(None, 2.0, audio, rate, seconds),
+        "none": None,
     }
     return {senses: opening_of(model, processor, clip) for senses, clip in clips.items()}
 

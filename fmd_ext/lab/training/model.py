@@ -14,6 +14,7 @@ from fmd_ext.lab.synthetic import questions_about, scene_of
 from fmd_ext.lab.synthetic.questions import caption_question
 from fmd_ext.lab.synthetic.scenes import HEIGHT, WIDTH
 from fmd_ext.lab.tiny import tiny_processor, tiny_thinker
+from fmd_ext.patching.modality_question import MODALITY_QUESTIONS
 
 # Six layers, so that there are depths to fork at. Clips of two seconds are one window of the sound's encoder.
 DIMS = {
@@ -61,3 +62,4 @@ def _texts() -> Iterator[str]:
             for instructed in (False, True):
                 yield from question.asked(instructed)
             yield from (f" {choice}" for choice in question.choices)
+            yield from (MODALITY_QUESTIONS["en"].about(question.text), question.needs)

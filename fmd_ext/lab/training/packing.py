@@ -16,7 +16,7 @@ from torch import nn
 
 from fmd_ext.adapters import find_adapter
 from fmd_ext.engine.reference import decoder_inputs
-from fmd_ext.inputs.chat import prepare_inputs
+from fmd_ext.inputs.chat import last_question_token, prepare_inputs
 from fmd_ext.inputs.media import Clip
 
 
@@ -38,13 +38,16 @@ class Opening:
 
 
 @torch.no_grad()
-def opening_of(model: nn.Module, processor: Any, clip: Clip) -> Opening:
-    """The opening of prompts about clips like ``clip``: with as many frames of the same size, and as much sound."""
-    inputs = prepare_inputs(processor, clip, "?")
+def opening_of(model: nn.Module, processor: Any, clip: Clip | None) -> Opening:
+    """The opening of prompts about clips like ``clip``: with as many frames of the same size, and as much sound.
+
+    None: of prompts without a clip.
+    """
+    inputs = prepare_inputs(processor, [] if clip is None else clip, "?")
     given = decoder_inputs(model, **inputs)
     ids, labels = inputs["input_ids"][0], given["labels"][0]
     positions = given["position_ids"]
-    length = int((labels != 0).nonzero()[-1]) + 2  # the marker behind the last medium belongs to it
+    length = len(ids) + last_question_token(processor, "?")
     return Opening(ids[:length], positions[-3:, 0, :length], labels[:length], ids[length + 1 :].tolist())
 
 
@@ -110,11 +113,14 @@ def pack(opening: Opening, clips: Sequence[Sequence[tuple[list[int], list[int]]]
 def embed_opening(
     model: nn.Module, opening: Opening, video: torch.Tensor | None, audio: torch.Tensor | None
 ) -> torch.Tensor:
-    """[clips, length, hidden] from the encoders' output [clips * tokens, hidden] of pictures and sounds."""
+    """[clips, length, hidden] from the encoders' output [clips * tokens, hidden] of pictures and sounds.
+
+    Without either the one opening is that of every sample: [1, length, hidden].
+    """
     table = find_adapter(model).find_decoder(model).get_input_embeddings()
     embeds = table(opening.ids)
     given = [(label, features) for label, features in ((1, video), (2, audio)) if features is not None]
-    clips = len(given[0][1]) // int((opening.labels == given[0][0]).sum())
+    clips = len(given[0][1]) // int((opening.labels == given[0][0]).sum()) if given else 1
     embeds = embeds.expand(clips, *embeds.shape).clone()
     for label, features in given:
         embeds[:, opening.labels == label] = features.view(clips, -1, embeds.shape[-1])
@@ -122,8 +128,9 @@ def embed_opening(
 
 
 def packed_hidden(model: nn.Module, opening: Opening, opening_embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """The decoder's output [clips, text length, hidden] at the text behind the openings."""
+    """The decoder's output [clips, text length, hidden] at the text behind the openings [clips or 1, length, hidden]."""
     decoder = find_adapter(model).find_decoder(model)
+    opening_embeds = opening_embeds.expand(len(packed.ids), -1, -1)
     embeds = torch.cat([opening_embeds, decoder.get_input_embeddings()(packed.ids)], dim=1)
     before = opening.positions[:, None].expand(3, len(embeds), -1)
     out = decoder(

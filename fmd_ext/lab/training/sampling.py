@@ -18,13 +18,15 @@ from fmd_ext.lab.synthetic.questions import (
     choice_questions,
     matching_question,
     music_questions,
+    questions_about,
     video_question,
 )
 from fmd_ext.lab.training.pool import Pool
+from fmd_ext.patching.modality_question import MODALITY_QUESTIONS
 
 # Sorts of samples, and what their prompts have. "compared" are clips of which only is asked whether picture and sound
-# belong together; half of them do.
-SORTS = {"both": "both", "video": "video", "audio": "audio", "compared": "both"}
+# belong together; half of them do. "asked" are questions without a clip: which modality does their answer need?
+SORTS = {"both": "both", "video": "video", "audio": "audio", "compared": "both", "asked": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,13 @@ class Mixture:
 
 def draw_samples(pool: Pool, mixture: Mixture, rng: np.random.Generator) -> dict[str, list[Sample]]:
     """The samples of one step for each of SORTS."""
-    drawers = {"both": _both, "video": _picture_only, "audio": _sound_only, "compared": _compared}
+    drawers = {
+        "both": _both,
+        "video": _picture_only,
+        "audio": _sound_only,
+        "compared": _compared,
+        "asked": _asked_about,
+    }
     return {sort: [drawers[sort](pool, mixture, rng) for _ in range(count)] for sort, count in mixture.clips.items()}
 
 
@@ -106,6 +114,18 @@ def _sound_only(pool: Pool, mixture: Mixture, rng: np.random.Generator) -> Sampl
     if rng.random() < 0.4:
         questions.append(caption_question(scene, "audio"))
     return Sample(None, item, _asked(questions, rng))
+
+
+def _asked_about(pool: Pool, mixture: Mixture, rng: np.random.Generator) -> Sample:
+    scene = scene_of(int(rng.integers(2**31)))
+    captions = [caption_question(scene, senses) for senses in ("video", "audio")]
+    questions = _some([*questions_about(scene), *captions], 5, rng)
+    return Sample(None, None, tuple(asked_about(question, rng.random() < 0.4) for question in questions))
+
+
+def asked_about(question: Question, instructed: bool = False) -> tuple[str, str]:
+    """The question which modality ``question`` needs, and its answer, as `fmd_ext.patch` asks it."""
+    return MODALITY_QUESTIONS["en"].about(question.asked(instructed)[0]), question.needs
 
 
 def _asked(questions: list[Question], rng: np.random.Generator) -> tuple[tuple[str, str], ...]:
