@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MODALITIES = ("visual", "audio")
 MASKINGS = ("zero", "attention")
@@ -35,6 +35,8 @@ class FMDConfig:
             ``"auto"`` (ours): each sample chooses, for each modality, from its prompt's own attention.
         text_weight: weight in [0, 1] of the visual branch at text positions and at joint ones (which mix both
             modalities: channel-wise fusion), default 0.5 (a plain average).
+            ``"auto"`` (ours): before its prompt, each sample has the model asked which modality its question needs;
+            one that needs both does not fork. 0.5 for a call without a question to ask about.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is accepted.
@@ -44,7 +46,7 @@ class FMDConfig:
     masking: str | None = None
     mask_scale: float | None = None
     alpha: float | str | Mapping[str, float] | None = None
-    text_weight: float | None = None
+    text_weight: float | str | None = None
 
     def __post_init__(self) -> None:
         if self.fork_layers is not None and self.fork_layers != AUTO:
@@ -52,7 +54,7 @@ class FMDConfig:
         if self.masking is not None and self.masking not in MASKINGS:
             raise ValueError(f"masking must be one of {', '.join(map(repr, MASKINGS))}, got {self.masking!r}")
         for name in ("mask_scale", "text_weight"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and (name, getattr(self, name)) != ("text_weight", AUTO):
                 object.__setattr__(self, name, _unit_interval(name, getattr(self, name)))
         if isinstance(self.alpha, Mapping):
             if set(self.alpha) != set(MODALITIES):
@@ -120,13 +122,15 @@ class FMDConfig:
     def merge_weights(self) -> tuple[float, float, float, float]:
         """Home row weights (text, visual, audio, joint) in the merge; the config must be resolved.
 
-        Those of an alpha that samples choose for themselves are nan.
+        Those of an alpha that samples choose for themselves are nan. A text weight that they choose for themselves is
+        0.5 here, which is what a sample gets whose question is not known.
         """
+        text = 0.5 if self.text_weight == AUTO else cast(float, self.text_weight)
         if self.alpha == AUTO:
-            return (self.text_weight, math.nan, math.nan, self.text_weight)
+            return (text, math.nan, math.nan, text)
         alpha: Mapping[str, Any]
         alpha = self.alpha if isinstance(self.alpha, Mapping) else dict.fromkeys(MODALITIES, self.alpha)
-        return (self.text_weight, alpha["visual"], alpha["audio"], self.text_weight)
+        return (text, alpha["visual"], alpha["audio"], text)
 
 
 def _layer_count(value: Any) -> int:
@@ -147,7 +151,7 @@ def _unit_interval(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        or_auto = " or 'auto'" if name == "alpha" else ""
+        or_auto = " or 'auto'" if name in ("alpha", "text_weight") else ""
         raise TypeError(f"{name} must be a number in [0, 1]{or_auto}, got {value!r}") from None
     if math.isnan(number) or not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {number}")

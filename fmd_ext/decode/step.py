@@ -118,7 +118,10 @@ class StaticStep:
         """Fills the buffers for a first step; ``call`` plans one text position for every sample."""
         plan = call.plan
         if self.call is None:
-            self.call = call
+            self.call = dataclasses.replace(call)
+            if call.home_weights is not None:
+                with torch.inference_mode(False):  # the step's own, read by its graph
+                    self.call.home_weights = torch.empty_like(call.home_weights)
             self._numbers = plan.tensors.keep_on(self.device)
             with torch.inference_mode(False):
                 self._growth = _growth(plan, self.device)
@@ -126,6 +129,8 @@ class StaticStep:
                 self._tensors = {name: torch.empty_like(tensor) for name, tensor in inputs.tensors.items()}
         else:
             self._numbers.copy_(plan.tensors.host)
+        if call.home_weights is not None:
+            self.call.home_weights.copy_(call.home_weights)
         self.positions.copy_(inputs.positions)
         for name, tensor in inputs.tensors.items():
             self._tensors[name].copy_(tensor)

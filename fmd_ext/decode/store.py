@@ -40,7 +40,8 @@ class StepStore:
         tables = state.tables_with_room(room)
         # All that the launches of a step depend on, apart from what lies in its buffers.
         key = (
-            (state.batch, state.fork_layers, tuple(state.phase), tuple(table.num_slots for table in tables)),
+            (state.batch, state.fork_layers, tuple(state.phase), state.home_weights is None),
+            tuple(table.num_slots for table in tables),
             (inputs.key, self.session.config),
             fingerprint(self.decoder, model.get_output_embeddings()),
         )

@@ -133,7 +133,7 @@ class Reading:
         """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
         if not self.chooses_alpha:
             return before
-        chosen = weights.repeat(len(self.samples), 1)
+        chosen = weights.repeat(len(self.samples), 1) if before is None else before.clone()
         chosen[:, VISUAL : AUDIO + 1] = self.alphas
         if before is None:
             return chosen

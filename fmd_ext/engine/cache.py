@@ -20,6 +20,7 @@ from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
 from fmd_ext.engine.planner import make_plan
 from fmd_ext.engine.prompt import Prompt, modality_bits
+from fmd_ext.engine.routes import Routes
 from fmd_ext.engine.segments import SegmentTable
 from fmd_ext.engine.session import Session
 
@@ -149,6 +150,7 @@ class BranchedState:
         prompt: the prompt of the ``generate`` call whose positions the cache holds; None for other calls.
         fork_layers: layers before the merge; None until a first call has chosen them.
         home_weights: float32 [batch, 4], home row weights of the merge, where a call has chosen them by sample.
+        routes: the routes that are in them, of the samples as they were when a call was told.
     """
 
     def __init__(self, session: Session, num_layers: int) -> None:
@@ -172,6 +174,7 @@ class BranchedState:
         self.batch = batch
         self.phase = np.zeros(batch, np.int8)
         self.modalities = np.zeros(batch, np.int8)  # bits: 1 visual, 2 audio, cached or announced
+        self.may_fork = np.ones(batch, bool)  # not those whose first question needs both modalities
         self.valid = np.zeros(batch, np.int64)  # positions without padding
         self.text_tail = np.zeros(batch, np.int64)  # trailing positions that are text: what crop can remove
         self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
@@ -179,6 +182,7 @@ class BranchedState:
         depth = self.session.config.fork_layers
         self.fork_layers = depth if isinstance(depth, int) else None
         self.home_weights: torch.Tensor | None = None
+        self.routes: Routes | None = None
 
     def table_of(self, layer_idx: int) -> SegmentTable:
         call = self.session.call
@@ -186,16 +190,22 @@ class BranchedState:
         is_forked = fork_layers is None or layer_idx < fork_layers
         return self.fork_table if is_forked else self.trunk_table
 
-    def plan_call(self, labels: np.ndarray, announced: np.ndarray | None = None) -> Plan:
+    def plan_call(
+        self, labels: np.ndarray, announced: np.ndarray | None = None, forks: np.ndarray | None = None
+    ) -> Plan:
         """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
         3 joint).
 
         ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
-        in chunks forks like a prompt given at once. Room is made at once; all else changes on ``commit``.
+        in chunks forks like a prompt given at once. ``forks`` [batch] bool, of the first call on the cache: the samples
+        that may fork; None: all. Room is made at once; all else changes on ``commit``.
         """
         self._open(len(labels))
+        if forks is not None and self.logical_length == 0:
+            self.may_fork = forks.copy()
         modalities = self.modalities | modality_bits(labels) | (0 if announced is None else announced)
-        phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
+        opens = (self.phase == UNFORKED) & (modalities == BOTH_MODALITIES) & self.may_fork
+        phase = np.where(opens, PREFIX_OPEN, self.phase)
         masking = self.session.config.masking
         raw = make_plan(labels, self.fork_table.length, self.trunk_table.length[:, 0], phase.astype(np.int8), masking)
         fork_length = raw.seg_len.reshape(self.batch, NUM_SEGMENTS)
@@ -219,6 +229,7 @@ class BranchedState:
         """Takes over what the last plan added; called when the forward call that ran it has succeeded."""
         self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
         self.fork_layers, self.home_weights = call.fork_layers, call.home_weights
+        self.routes = call.routes or self.routes
         is_text = labels == 0
         tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
         self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
@@ -258,7 +269,7 @@ class BranchedState:
             new, source = getattr(self, name).select(index)
             self._move(name, new, source)
         self.batch = len(index)
-        for name in ("phase", "modalities", "valid", "text_tail"):
+        for name in ("phase", "modalities", "may_fork", "valid", "text_tail"):
             setattr(self, name, getattr(self, name)[index])
         if self.home_weights is not None:
             self.home_weights = self.home_weights[torch.from_numpy(index).to(self.home_weights.device)]
@@ -281,6 +292,11 @@ class BranchedState:
         self.text_tail = self.text_tail + count
         self.valid = self.valid + count
         self.logical_length += count
+
+    @property
+    def has_forked(self) -> bool:
+        """Whether the cache holds a sample in the fork."""
+        return bool(self.batch) and bool((self.phase == FORKED).any())
 
     @property
     def _text_segments(self) -> np.ndarray:

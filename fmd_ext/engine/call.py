@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from fmd_ext.engine.plan import LayerPlan, Plan
+from fmd_ext.engine.routes import Routes
 
 
 class Observer(Protocol):
@@ -55,6 +56,7 @@ class Call:
             samples; else None.
         observer: chooses what the settings leave to the prompt; None where they leave nothing, or nothing begins to
             fork.
+        routes: what its samples' questions need, where this call is the first to be told.
         rotation: what the layer that runs has left to its append.
     """
 
@@ -62,6 +64,7 @@ class Call:
     fork_layers: int
     home_weights: torch.Tensor | None = None
     observer: Observer | None = None
+    routes: Routes | None = None
     rotation: Rotation | None = None
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:

@@ -126,11 +126,11 @@ class MergeHook:
         if call.observer is not None:
             call.home_weights = call.observer.home_weights(weights, call.home_weights)
         home_rows, away_modality = plan.tensors.get("home_rows", device), plan.tensors.get("away_modality", device)
-        if call.home_weights is None or not plan.has_masked_rows:  # text weighs the same in every sample
+        if call.home_weights is None:
             away_weights = weights[away_modality]
         else:
             samples = plan.tensors.get("positions", device)[home_rows] // plan.length
-            away_weights = call.home_weights[samples, away_modality]
+            away_weights = call.home_weights.to(device)[samples, away_modality]
         ops.merge_(hidden[0], home_rows, plan.tensors.get("away_rows", device), away_weights)
 
 
@@ -174,7 +174,7 @@ class ForkedDecoder:
             if not _is_generated(prompt, state, mask, embeds.shape[1]):
                 _apply_padding(labels, mask, past, state)
             branches = self._branches(embeds, labels, past, branches, prompt)
-            call = self.session.open_call(state.plan_call(labels, announced), labels, state)
+            call = self._open_call(state, labels, announced, prompt, embeds.device)
             if prompt is not None and prompt.is_one_with(self.session.generating):
                 state.prompt = prompt
         given["inputs_embeds"] = self._pack_embeds(embeds, branches, call.plan)
@@ -199,6 +199,24 @@ class ForkedDecoder:
         if generating is not None and (generating.is_one_with(state.prompt) if past else generating.fits(embeds)):
             return generating.begin()
         return self.session.labels_of_context
+
+    def _open_call(
+        self,
+        state: BranchedState,
+        labels: np.ndarray,
+        announced: np.ndarray | None,
+        prompt: Prompt | None,
+        device: torch.device,
+    ) -> Call:
+        """The call that adds ``labels``; routes that its cache has not been told yet choose weights and who forks."""
+        given = self.session.routes_of_context or (prompt and prompt.routes)
+        if given is None or (state.logical_length and given is state.routes):
+            return self.session.open_call(state.plan_call(labels, announced), labels, state)
+        routes = given.repeated(len(labels))
+        call = self.session.open_call(state.plan_call(labels, announced, routes.forks), labels, state)
+        call.routes = given
+        call.home_weights = routes.home_weights(self.session.merge_weights(device), call.home_weights)
+        return call
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
         """Errors for what the method does not do; fills in ``inputs_embeds``."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fmd_ext.engine.routes import Routes
 from fmd_ext.labels import AUDIO, JOINT, PADDING, TEXT, VISUAL
 
 UNREAD_BRANCHES = (
@@ -27,6 +28,7 @@ class Prompt:
         branch_embeds: [2, batch, n, hidden], embeddings of joint positions in the visual and in the audio branch.
         virtual: positions that others (PEFT's prompt learning) put before ``source``; ``labels`` count them.
         is_read: the labels were read off token ids; otherwise they were given by hand.
+        routes: what the samples' questions need, where the settings leave the weight at text positions to them.
         mask_width: columns of the prompt's attention mask, where its last column is known to hold no padding.
 
     Raises ValueError for ``branch_embeds`` without joint positions.
@@ -41,6 +43,7 @@ class Prompt:
         mask_width: int | None = None,
         is_read: bool = False,
         virtual: int = 0,
+        routes: Routes | None = None,
     ) -> None:
         if branch_embeds is not None and (labels is None or not (labels == JOINT).any()):
             raise ValueError(UNREAD_BRANCHES)
@@ -51,12 +54,14 @@ class Prompt:
         self.mask_width = mask_width
         self.is_read = is_read
         self.virtual = virtual
+        self.routes = routes
         self._has_begun = False
         self._origin: Prompt = self
 
     def with_branches(self, branch_embeds: torch.Tensor, first: int) -> Prompt:
         """The same prompt with embeddings of its joint positions from position ``first`` on."""
-        prompt = Prompt(self.labels, self.source, first, branch_embeds, self.mask_width, self.is_read, self.virtual)
+        given = self.mask_width, self.is_read, self.virtual, self.routes
+        prompt = Prompt(self.labels, self.source, first, branch_embeds, *given)
         prompt._origin = self._origin
         return prompt
 

@@ -14,6 +14,7 @@ from fmd_ext.config import FMDConfig
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.plan import Plan
 from fmd_ext.engine.prompt import Prompt, check_labels
+from fmd_ext.engine.routes import Routes
 
 # (plan, labels [batch, length], state of the cache) -> the call; see `fmd_ext.engine.auto`
 OpenCall = Callable[[Plan, np.ndarray, Any], Call]
@@ -66,6 +67,7 @@ class Session:
         self.generating: Prompt | None = None
         self._open_call = open_call
         self._labels: Prompt | None = None
+        self._routes: Routes | None = None
         self._merge_weights: dict[tuple, torch.Tensor] = {}
 
     @contextlib.contextmanager
@@ -74,6 +76,16 @@ class Session:
         prompt = Prompt(check_labels(modality_labels))
         with self.lock, self._holding("_labels", prompt):
             yield
+
+    @contextlib.contextmanager
+    def routed(self, routes: Routes) -> Iterator[None]:
+        """Within this context ``routes`` are those of all calls' samples; see `Handle.routed`."""
+        with self.lock, self._holding("_routes", routes):
+            yield
+
+    @property
+    def routes_of_context(self) -> Routes | None:
+        return self._routes
 
     @property
     def labels_of_context(self) -> Prompt | None:

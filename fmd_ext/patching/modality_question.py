@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-NEEDS = ("visual", "audio", "both")  # what a question may need, in the order of a route's probabilities
+from fmd_ext.engine.routes import NEEDS
 
 
 @dataclasses.dataclass(frozen=True)
