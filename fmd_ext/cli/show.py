@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fmd_ext.cli.answer import Answer
 from fmd_ext.config import AUTO, FMDConfig
+from fmd_ext.engine.routes import NEEDS, Routes
 from fmd_ext.inputs.media import Clip
 
 
@@ -42,7 +43,17 @@ def describe(config: FMDConfig, num_layers: int) -> str:
     parts = [f"{depth} of {num_layers} layers forked", f"masking {config.masking}"]
     if config.masking == "zero":
         parts += [f"mask scale {config.mask_scale:g}", f"alpha {_weights(config.alpha)}"]
-    return ", ".join([*parts, f"text weight {config.text_weight:g}"])
+    weight = "by the question" if config.text_weight == AUTO else f"{config.text_weight:g}"
+    return ", ".join([*parts, f"text weight {weight}"])
+
+
+def route(routes: Routes | None) -> str:
+    """What the first prompt's question was found to need, in one line; "" where nothing was asked."""
+    if routes is None or routes.questions[0] is None:
+        return ""
+    likely = ", ".join(f"{need} {value:.0%}" for need, value in zip(NEEDS, routes.probabilities[0], strict=True))
+    then = f"text weight {routes.text_weights[0]:.2f}" if routes.forks[0] else "both: nothing is forked"
+    return f"the question needs: {likely}; {then}"
 
 
 def side_by_side(console: Console, answers: dict[str, Answer]) -> None:

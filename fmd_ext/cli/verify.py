@@ -126,13 +126,16 @@ def compare(
     # Plain greedy decoding, whatever the model's own generation settings say.
     options = {"do_sample": False, "repetition_penalty": 1.0, "suppress_tokens": None, "eos_token_id": None}
     with torch.no_grad():
-        with patched(loaded, config) as settings:
+        with patched(loaded, config) as handle:
+            settings = handle.config
             ours = model(**inputs).logits.float()
             tokens = model.generate(**inputs, **options, max_new_tokens=max_new_tokens)[0, -max_new_tokens:]
-        plain = reference_logits(model, settings, **inputs).float()
+        routes = handle.last_routes
+        own = settings if routes is None else routes.settings(settings)
+        plain = reference_logits(model, own, **inputs).float()
         if not are_finite(plain):
             raise not_finite(model.dtype)
-        expected = reference_generate(model, settings, max_new_tokens, **inputs)[0]
+        expected = reference_generate(model, own, max_new_tokens, **inputs)[0]
     differing = (tokens != expected.to(tokens.device)).nonzero()
     return settings, Comparison(
         error=_relative(ours - plain, plain),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from fmd_ext.config import FMDConfig
 from fmd_ext.labels import JOINT, TEXT
 
 NEEDS = ("visual", "audio", "both")
@@ -62,6 +63,13 @@ class Routes:
     def forks(self) -> np.ndarray:
         """bool [batch]: False where "both" is the likeliest: such a sample is computed as by the unpatched model."""
         return self.probabilities.argmax(1) != NEEDS.index("both")
+
+    def settings(self, config: FMDConfig) -> list[FMDConfig]:
+        """What ``config`` comes to for each sample: with its own text weight, or with nothing forked."""
+        return [
+            config.replace(text_weight=float(weight)) if forks else config.replace(text_weight=0.5, fork_layers=0)
+            for weight, forks in zip(self.text_weights, self.forks, strict=True)
+        ]
 
     def repeated(self, batch: int) -> Routes:
         """For a call of ``batch`` samples, repeated as `generate` repeats samples.

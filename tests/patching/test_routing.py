@@ -58,10 +58,9 @@ def configs(routes, **settings):
     """The reference's settings of each sample."""
     base = FMDConfig(**settings).resolve(FMDConfig(), NUM_LAYERS)
     return [
-        base.replace(text_weight=float(np.float32(visual + both / 2))) if max(visual, audio) > both else
-        base.replace(fork_layers=0)
-        for visual, audio, both in routes
-    ]  # fmt: skip
+        base.replace(text_weight=visual + both / 2) if max(visual, audio) > both else base.replace(fork_layers=0)
+        for visual, audio, both in routes.tolist()
+    ]
 
 
 def routed(processor, routes):
@@ -366,6 +365,13 @@ def test_what_is_refused(model, processor):
     with fmd_ext.patch(model, fork_layers=2) as handle, handle.routed(Routes.needing(["audio"] * 2)):
         with pytest.raises(ValueError, match="routes for 2 samples, the call has 1"):
             model(**build_inputs([VIDEO_AUDIO]))
+
+
+def test_settings_of_each_sample():
+    config = FMDConfig(fork_layers=2).resolve(FMDConfig(), NUM_LAYERS)
+    found, expected = Routes(ROUTES).settings(config), configs(ROUTES, fork_layers=2)
+    assert [own.fork_layers for own in found] == [2, 0, 2, 2, 0] == [own.fork_layers for own in expected]
+    assert [own.text_weight for own in found] == pytest.approx([0.92, 0.5, 0.15, 1.0, 0.5])
 
 
 def test_with_nothing_forked_nothing_is_asked(model):

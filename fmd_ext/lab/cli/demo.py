@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     loaded = load_model(None, device="cpu")
     text_line(console, f"model: {loaded.name}, {loaded.model.num_parameters() / 1e6:.1f} M parameters")
-    with patched(loaded, config) as settings:
+    with patched(loaded, config) as handle:
+        settings = handle.config
         layers = loaded.model.config.get_text_config().num_hidden_layers
         text_line(console, f"{FORKED}: {show.describe(settings, layers)}\n")
 
@@ -125,7 +126,8 @@ def _measure(
     token = last_question_token(loaded.processor, question)
     runs: dict[str, list[Answer]] = {VANILLA: [], FORKED: []}
     shares = {VANILLA: attention_share(loaded.model, inputs, token)}
-    with patched(loaded, config) as settings:
+    with patched(loaded, config) as handle:
+        settings = handle.config
         shares[FORKED] = attention_share(loaded.model, inputs, token)
     # In turn, so that a machine that is busy for a while is busy for both.
     for _ in range(ROUNDS):
