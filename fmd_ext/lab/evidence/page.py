@@ -12,6 +12,7 @@ from fmd_ext.lab.diagnose import AttentionShare
 from fmd_ext.lab.diagnose.attention import LayerShare
 from fmd_ext.lab.diagnose.plots import Curve, curves, share_per_layer
 from fmd_ext.lab.evidence.measure import ALPHAS, DISAGREEING, GROUPS, MASK_SCALES, TASKS, TEXT_DEPTHS
+from fmd_ext.lab.evidence.rivals_page import rivals_lines
 from fmd_ext.lab.plotting import figure, save, styled
 from fmd_ext.lab.synthetic.scenes import RELATIONS
 from fmd_ext.lab.training.loop import MIXTURES
@@ -143,7 +144,8 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
         f"{sum(clips.clips.values())} clips of a step {clips.clips['video']} have a picture only, "
         f"{clips.clips['audio']} a sound only and {clips.clips['both']} both; where both are there, they agree in "
         f"{clips.agreeing:.0%} of the clips. In the last part {last.clips['compared']} clips are added of which "
-        "only is asked whether picture and sound match. The model never sees a masked embedding. "
+        "only is asked whether picture and sound match. Without a clip it is also asked which modality a question "
+        "needs. The model never sees a masked embedding. "
         f"The curve, over {training[-1]['step']} steps:"
     )
     yield from ("", "![training curve](images/evidence_training.png)", "")
@@ -213,6 +215,7 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
             "model; the average of both reaches what the tables above say."
         )
     yield ""
+    yield from rivals_lines(found["rivals"], found["models"])
     yield from ("## Attention", "", "![attention of the last question token](images/evidence_attention.png)", "")
     yield "Where the last token of a question about the sound looks, mean over heads and 100 questions; per layer:"
     yield ""
