@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="show the method on the small built-in model, about clips it never saw")
     demo.add_argument("--question", help="what to ask about the clips instead of what misleads")
+    demo.add_argument("--picture", metavar="FILE", help="draw the bundled clip and its answers there (png, svg or pdf)")
     demo.add_argument("--seed", type=_seed, help="of the clip made on the spot (a new one every time)")
     _add_method(demo)
     _add_generation(demo, max_new_tokens=32)

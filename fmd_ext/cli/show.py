@@ -66,10 +66,10 @@ def side_by_side(console: Console, answers: dict[str, Answer]) -> None:
 
 
 def answers(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Several questions, one row each."""
-    table = Table()
-    for title in titles:
-        table.add_column(title, overflow="fold")
+    """Several questions, one row each; the first column gets twice the room of the others."""
+    table = Table(width=min(console.width, 120))
+    for index, title in enumerate(titles):
+        table.add_column(title, overflow="fold", ratio=1 if index else 2)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

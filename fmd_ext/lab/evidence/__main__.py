@@ -18,6 +18,7 @@ from fmd_ext.lab import trained
 from fmd_ext.lab.bench.machine import describe
 from fmd_ext.lab.evidence.answers import YesNoQuestions
 from fmd_ext.lab.evidence.measure import (
+    GROUPS,
     attention_before_and_after,
     choose,
     measure,
@@ -26,7 +27,8 @@ from fmd_ext.lab.evidence.measure import (
 )
 from fmd_ext.lab.evidence.page import write_page
 from fmd_ext.lab.evidence.prompts import WholePrompts
-from fmd_ext.lab.evidence.rivals import measure_rivals
+from fmd_ext.lab.evidence.rivals import ROUTED, measure_rivals
+from fmd_ext.lab.evidence.rivals_page import DISAGREEING
 from fmd_ext.lab.synthetic import Scene, split_scenes
 from fmd_ext.lab.synthetic.dataset import BALANCED
 from fmd_ext.lab.training.pool import Pool, build_pool
@@ -69,6 +71,9 @@ def main() -> None:
         record.write_text(json.dumps(found, indent=1))
         best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
         FMDConfig(**found["chosen"][best]["settings"]).to_file(trained.SETTINGS)
+        rows = {row["name"]: row for row in found["rivals"]["methods"]}
+        FMDConfig(**rows[ROUTED]["settings"], text_weight="auto").to_file(trained.ROUTED)
+        trained.FIGURES.write_text(json.dumps(demo_figures(found), indent=1) + "\n")
     write_page(json.loads(record.read_text()), args.docs)
 
 
@@ -88,6 +93,20 @@ def collect(work: Path, val_clips: int, test_clips: int) -> dict:
         "layers": model.config.get_text_config().num_hidden_layers,
         "parameters": model.num_parameters(),
         **describe(torch.device("cpu")),
+    }
+
+
+def demo_figures(found: dict) -> dict:
+    """What `fmd-ext demo` tells: accuracy in % where the senses disagree, of sound and of picture, by method."""
+    test, rows = found["test"], {row["name"]: row for row in found["rivals"]["methods"]}
+    chosen = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
+    own = next(row for row in test["grid"] if row["settings"] == found["chosen"][chosen]["settings"])
+    plain = [(test["vanilla"][group]["value"], own["groups"][group]["value"]) for group in GROUPS[3:]]
+    routed = [rows[ROUTED]["groups"][group]["value"] for group in DISAGREEING]
+    named = {"vanilla": [v for v, _ in plain], "FMD": [f for _, f in plain], "FMD routed": routed}
+    return {
+        "clips": test["clips"],
+        "disagreeing": {name: [round(100 * value, 1) for value in values] for name, values in named.items()},
     }
 
 
