@@ -33,6 +33,15 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def passes_of(method: str) -> str:
+    """What a method costs, as `methods.Passes` writes it; "" for predictions made elsewhere."""
+    try:
+        (choice,) = parse_methods(method)
+    except ValueError:
+        return ""
+    return str(choice.method.passes)
+
+
 def _brief(value: Any) -> str:
     if isinstance(value, Mapping):
         return "/".join(map(_brief, value.values()))
