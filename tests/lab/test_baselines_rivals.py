@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import pytest
@@ -85,11 +84,11 @@ def test_mad_equals_five_full_recomputes(thinker, processor, batch, wording):
     def expected(index, tokens):
         return mad_oracle(thinker, inputs, samples, index, tokens, processor, words, GAMMA)
 
-    with mad(thinker, processor=processor, wording=wording) as method:
-        check(thinker, inputs, contextlib.nullcontext(), expected, do_sample=False, atol=3e-4)
-        assert [not note for note in method.notes] == HAS_BOTH[batch]
-        assert all(note == {ONE_MODALITY: ""} for note in method.notes if note)
-        torch.testing.assert_close(method.weights.sum(-1), torch.ones(len(samples)))
+    context = mad(thinker, processor=processor, wording=wording)
+    method = check(thinker, inputs, context, expected, do_sample=False, atol=3e-4)
+    assert [not note for note in method.notes] == HAS_BOTH[batch]
+    assert all(note == {ONE_MODALITY: ""} for note in method.notes if note)
+    torch.testing.assert_close(method.weights.sum(-1), torch.ones(len(samples)))
 
 
 def test_mad_without_contrast_weighs_both_by_two(thinker, processor):
@@ -137,10 +136,9 @@ def test_drop_equals_the_recomputed_shorter_prompt(thinker, processor, batch, ne
     def expected(index, tokens):
         return oracle_of(thinker, lacking(inputs, batch, index, gone[index])).logits(softmax, tokens)
 
-    with drop(thinker, needs=needs) as method:
-        check(thinker, inputs, contextlib.nullcontext(), expected, do_sample=False)
-        names = {("audio",): ["audio dropped"], ("video",): ["video dropped"], (): []}
-        assert [list(note) for note in method.notes] == [names[kinds] for kinds in gone]
+    method = check(thinker, inputs, drop(thinker, needs=needs), expected, do_sample=False)
+    names = {("audio",): ["audio dropped"], ("video",): ["video dropped"], (): []}
+    assert [list(note) for note in method.notes] == [names[kinds] for kinds in gone]
 
 
 def test_drop_computes_fewer_rows(thinker, processor):
@@ -267,10 +265,9 @@ def test_outro_equals_full_recomputes(thinker, processor, batch, by):
         counted[index] = []
         return outro_logits(Oracle(thinker, given, index), tokens, **settings, counted=counted[index])
 
-    with outro(thinker, **settings) as method:
-        check(thinker, inputs, contextlib.nullcontext(), expected, do_sample=False, atol=3e-4)
-        assert method.sink_tokens == [counted[index][0] for index in range(len(method.sink_tokens))]
-        assert [NO_SINK in note for note in method.notes] == [count == 0 for count in method.sink_tokens]
+    method = check(thinker, inputs, outro(thinker, **settings), expected, do_sample=False, atol=3e-4)
+    assert method.sink_tokens == [counted[index][0] for index in range(len(method.sink_tokens))]
+    assert [NO_SINK in note for note in method.notes] == [count == 0 for count in method.sink_tokens]
     assert any(method.sink_tokens)
     assert not torch.allclose(thinker(**inputs).logits[:, -1], with_outro(thinker, inputs, settings), atol=1e-2)
 

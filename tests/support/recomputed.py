@@ -64,15 +64,15 @@ def softmax(layer, scores):
 
 
 def check(model, inputs, context, expected_logits, *, atol=1e-4, **options):
-    """Logits of every step, with the method's own tokens fed back."""
-    with context:
+    """Logits of every step, with the method's own tokens fed back. Returns the context's value."""
+    with context as method:
         out = model.generate(**inputs, max_new_tokens=STEPS, **OPTIONS, **options)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     for sample in range(len(new)):
         for step in range(STEPS):
             expected = expected_logits(sample, new[sample, :step].tolist())
             torch.testing.assert_close(out.logits[step][sample], expected, atol=atol, rtol=0)
-    return new
+    return method
 
 
 def build_questions(batch, processor, **options):
