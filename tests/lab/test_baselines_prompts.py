@@ -106,7 +106,7 @@ def test_what_is_refused(thinker, processor):
         without(thinker, more, (AUDIO,), [0])
 
 
-@pytest.mark.parametrize("name", ["videollama2_qwen2", "video_salmonn2"])
+@pytest.mark.parametrize("name", ["videollama2_qwen2", "video_salmonn2", "video_salmonn2_plus_inference"])
 @pytest.mark.parametrize("need", ["visual", "audio"])
 def test_ports_whose_features_belong_to_samples(name, need):
     """A batch whose samples need different modalities answers as its samples do alone."""
@@ -124,6 +124,24 @@ def test_ports_whose_features_belong_to_samples(name, need):
             alone = port.model(**sample).logits[0, -1]
         assert not torch.allclose(alone, port.model(**sample).logits[0, -1], atol=1e-3)
         torch.testing.assert_close(found, alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mad", "drop"])
+def test_answers_of_qwen3_omni_in_a_batch_are_those_alone(name):
+    """With sounds of one length: beside a longer one its encoder gives 1e-3 other features, unpatched too."""
+    model, processor = tiny_qwen3_thinker(seed=0), tiny_qwen3_processor()
+    about = [([clip(0, size=(64, 64))], QUESTION), ([clip(1, size=(64, 64))], "What is the red disc?")]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "output_logits": True}
+
+    def logits(conversations, needs):
+        context = drop(model, needs=needs) if name == "drop" else mad(model, processor=processor)
+        with context:
+            inputs = prepare_batch(processor, conversations)
+            return torch.stack(model.generate(**inputs, **options, return_dict_in_generate=True).logits, 1)
+
+    together = logits(about, ["audio", "visual"])
+    for found, conversation, need in zip(together, about, ["audio", "visual"], strict=True):
+        torch.testing.assert_close(found, logits([conversation], [need])[0], atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["mad", "drop"])
