@@ -12,7 +12,16 @@ from fmd_ext.lab.eval.statistics import Estimate
 from fmd_ext.lab.eval.tables import Cell
 
 # Settings that stand in a method's short name, by their letters.
-LETTERS = {"fork_layers": "L", "alpha": "α", "mask_scale": "m", "text_weight": "t", "contrast": "c", "beta": "β"}
+LETTERS = {
+    "fork_layers": "L",
+    "alpha": "α",
+    "mask_scale": "m",
+    "text_weight": "t",
+    "contrast": "c",
+    "beta": "β",
+    "needs": "",  # a word itself
+    "wording": "",
+}
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
