@@ -180,25 +180,14 @@ class Asking:
         self.last = Routes(found, tuple(question or None for question in questions))
         return self.last
 
-    @torch.no_grad()
     def _asked(self, questions: Sequence[str]) -> np.ndarray:
         """float32 [n, 3]: the model's own answers, by the probabilities of their first tokens."""
-        prompts = [self.router.prompt_ids(question) for question in questions]
-        length = max(map(len, prompts))
-        ids, mask = torch.zeros(2, len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-            mask[row, : len(prompt)] = 1
-        device = self.decoder.get_input_embeddings().weight.device
         before = self.session.last_call
-        with self.session.receiving(Prompt(None), length):
-            out = self.decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        prompts = [self.router.prompt_ids(question) for question in questions]
+        with self.session.receiving(Prompt(None), max(map(len, prompts))):
+            found = answers_to(self.router, self.entry, self.decoder, prompts)
         self.session.last_call = before
-        hidden = out.last_hidden_state
-        last = (mask.sum(1) - 1).to(hidden.device)
-        logits = self.entry.get_output_embeddings()(hidden[torch.arange(len(prompts), device=hidden.device), last])
-        scores = torch.stack([logits[:, tokens].float().logsumexp(1) for tokens in self.router.answers], 1)
-        return scores.softmax(1).cpu().numpy()
+        return found
 
     def tell_of_unread(self) -> None:
         """Warns once of a prompt whose question cannot be read."""
@@ -208,3 +197,21 @@ class Asking:
                 "fmd_ext: text_weight='auto' found no token ids to read a question from; both branches weigh the same "
                 "at text positions of such prompts. Give input_ids, or the routes by handle.routed(...)"
             )
+
+
+@torch.no_grad()
+def answers_to(router: Router, entry: nn.Module, decoder: nn.Module, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """float32 [n, 3]: what the model answers to ``prompts`` of `Router.prompt_ids`, in one forward call of its text
+    decoder: the probabilities of NEEDS, by the first tokens of their answers."""
+    length = max(map(len, prompts))
+    ids, mask = torch.zeros(2, len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    device = decoder.get_input_embeddings().weight.device
+    out = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    hidden = out.last_hidden_state
+    last = (mask.sum(1) - 1).to(hidden.device)
+    logits = entry.get_output_embeddings()(hidden[torch.arange(len(prompts), device=hidden.device), last])
+    scores = torch.stack([logits[:, tokens].float().logsumexp(1) for tokens in router.answers], 1)
+    return scores.softmax(1).cpu().numpy()

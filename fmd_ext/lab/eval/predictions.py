@@ -48,7 +48,8 @@ class Prediction:
         batch: items in the batch.
         error: why there is no answer, such as a file that cannot be read.
         shown: what the model got of the clip: ``frames``, ``picture_s`` and ``sound_s`` (seconds).
-        notes: what was lost on the way, kind to detail; the kinds are in `fmd_ext.lab.eval.clips`.
+        notes: what was lost on the way, kind to detail; the kinds are in `fmd_ext.lab.eval.clips`. And what a baseline
+            says of the prompt, such as that it does not act there.
     """
 
     method: str
