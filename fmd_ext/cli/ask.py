@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             show.note("nothing is forked with --fork-layers 0: the answer is the model's own")
         stream_to = None if args.compare else sys.stdout
         answers["fork-merge decoding"] = generate(loaded, inputs, args.max_new_tokens, stream_to=stream_to)
-        if found := show.route(handle.last_routes):
+        if found := show.route(handle.last_routes, settings):
             show.note(found)
     if args.compare:
         console = Console()

@@ -274,12 +274,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--masking", choices=("zero", "attention"), help="how a branch loses the other modality")
     group.add_argument("--mask-scale", type=_number, metavar="S", help="factor on masked embeddings (zero masking)")
-    group.add_argument("--alpha", type=_alpha, metavar="A", help="merge weight: a number, visual=A,audio=B, or auto")
+    group.add_argument("--alpha", type=_weight, metavar="A", help="merge weight: a number, visual=A,audio=B, or auto")
     group.add_argument(
         "--text-weight",
-        type=_number_or_auto,
+        type=_weight,
         metavar="W",
-        help="weight of the visual branch at text positions: a number, or auto: by what the question needs",
+        help="weight of the visual branch at text positions: a number; auto, by what the question needs; or "
+        "visual=W,audio=W for questions that need the one or the other",
     )
 
 
@@ -377,14 +378,7 @@ def _layers(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"a whole number or auto, got {text!r}") from None
 
 
-def _number_or_auto(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a number or auto, got {text!r}") from None
-
-
-def _alpha(text: str) -> float | str | dict[str, float]:
+def _weight(text: str) -> float | str | dict[str, float]:
     try:
         if text == "auto":
             return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -43,16 +44,16 @@ def describe(config: FMDConfig, num_layers: int) -> str:
     parts = [f"{depth} of {num_layers} layers forked", f"masking {config.masking}"]
     if config.masking == "zero":
         parts += [f"mask scale {config.mask_scale:g}", f"alpha {_weights(config.alpha)}"]
-    weight = "by the question" if config.text_weight == AUTO else f"{config.text_weight:g}"
-    return ", ".join([*parts, f"text weight {weight}"])
+    weight = _weights(config.text_weight)
+    return ", ".join([*parts, f"text weight {'by the question' if weight == AUTO else weight}"])
 
 
-def route(routes: Routes | None) -> str:
+def route(routes: Routes | None, config: FMDConfig) -> str:
     """What the first prompt's question was found to need, in one line; "" where nothing was asked."""
     if routes is None or routes.questions[0] is None:
         return ""
     likely = ", ".join(f"{need} {value:.0%}" for need, value in zip(NEEDS, routes.probabilities[0], strict=True))
-    then = f"text weight {routes.text_weights[0]:.2f}" if routes.forks[0] else "both: nothing is forked"
+    then = f"text weight {routes.text_weights(config)[0]:.2f}" if routes.forks[0] else "both: nothing is forked"
     return f"the question needs: {likely}; {then}"
 
 
@@ -88,7 +89,7 @@ def timings(console: Console, answers: dict[str, Answer], how: str) -> None:
     console.print(table)
 
 
-def _weights(alpha: float | str | dict[str, float]) -> str:
+def _weights(alpha: Any) -> str:
     if alpha == AUTO:
         return alpha
     return f"{alpha:g}" if isinstance(alpha, float) else ", ".join(f"{name} {value:g}" for name, value in alpha.items())

@@ -209,13 +209,16 @@ class ForkedDecoder:
         device: torch.device,
     ) -> Call:
         """The call that adds ``labels``; routes that its cache has not been told yet choose weights and who forks."""
-        given = self.session.routes_of_context or (prompt and prompt.routes)
+        given = self.session.routes_of_context
+        if given is None and prompt is not None:
+            given = prompt.routes
         if given is None or (state.logical_length and given is state.routes):
             return self.session.open_call(state.plan_call(labels, announced), labels, state)
         routes = given.repeated(len(labels))
         call = self.session.open_call(state.plan_call(labels, announced, routes.forks), labels, state)
         call.routes = given
-        call.home_weights = routes.home_weights(self.session.merge_weights(device), call.home_weights)
+        weights = self.session.merge_weights(device)
+        call.home_weights = routes.home_weights(self.session.config, weights, call.home_weights)
         return call
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ defines it; it is ours, not the paper's."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,10 +54,13 @@ class Routes:
     def __len__(self) -> int:
         return len(self.probabilities)
 
-    @property
-    def text_weights(self) -> np.ndarray:
-        """float32 [batch]: the weight of the visual branch, ``p(visual) + p(both) / 2``."""
-        return self.probabilities[:, 0] + self.probabilities[:, 2] / 2
+    def text_weights(self, config: FMDConfig) -> np.ndarray:
+        """float32 [batch]: the weight of the visual branch, the mean over NEEDS of what ``config`` gives each.
+
+        That is 1, 0 and 0.5, unless its ``text_weight`` names others for "visual" and "audio".
+        """
+        own = config.text_weight if isinstance(config.text_weight, Mapping) else {"visual": 1.0, "audio": 0.0}
+        return self.probabilities @ np.array([own["visual"], own["audio"], 0.5], np.float32)
 
     @property
     def forks(self) -> np.ndarray:
@@ -68,7 +71,7 @@ class Routes:
         """What ``config`` comes to for each sample: with its own text weight, or with nothing forked."""
         return [
             config.replace(text_weight=float(weight)) if forks else config.replace(text_weight=0.5, fork_layers=0)
-            for weight, forks in zip(self.text_weights, self.forks, strict=True)
+            for weight, forks in zip(self.text_weights(config), self.forks, strict=True)
         ]
 
     def repeated(self, batch: int) -> Routes:
@@ -83,10 +86,10 @@ class Routes:
         index = np.arange(len(self)).repeat(batch // len(self))
         return Routes(self.probabilities[index], tuple(self.questions[i] for i in index))
 
-    def home_weights(self, weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    def home_weights(self, config: FMDConfig, weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
         """Home row weights [batch, 4] of the merge: those of the settings [4], or of calls ``before`` [batch, 4], with
         the samples' own weight at text and joint positions."""
         chosen = (weights.repeat(len(self), 1) if before is None else before).clone()
-        own = torch.from_numpy(self.text_weights).to(chosen)
+        own = torch.from_numpy(self.text_weights(config)).to(chosen)
         chosen[:, TEXT] = chosen[:, JOINT] = own
         return chosen

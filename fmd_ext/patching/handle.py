@@ -152,8 +152,15 @@ class Handle:
                 if self.config.fork_layers or self.runner.wanted:
                     self._install_decoder()
                 if self.entry is not self.decoder:
-                    more = labels, self._asking, self.adapter.branch_inputs
-                    put.override(self.entry, "forward", EntryForward, *more, context=no_context)
+                    put.override(
+                        self.entry,
+                        "forward",
+                        EntryForward,
+                        labels,
+                        self._asking,
+                        self.adapter.branch_inputs,
+                        context=no_context,
+                    )
                 if hasattr(self.entry, "generate"):
                     more = labels, self._asking, self.runner
                     put.override(self.entry, "generate", EntryGenerate, *more, context=no_context)
@@ -279,7 +286,7 @@ def patch(
 
 
 def _router_for(config: FMDConfig, processor: Any) -> Router | None:
-    if config.text_weight != AUTO or not config.fork_layers:
+    if not config.asks or not config.fork_layers:
         return None
     if processor is None:
         raise TypeError(

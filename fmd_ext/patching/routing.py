@@ -73,12 +73,12 @@ class Router:
             return NotImplemented
         return (self.processor is other.processor) and (self.wording, self.route) == (other.wording, other.route)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
-    def question_of(self, ids: Sequence[int], labels: Sequence[int]) -> str:
-        """The question in a prompt's token ids: the text of its last turn behind its last clip, else before it.
+    def question_of(self, ids: Any, labels: Any) -> str:
+        """The question in a prompt: the text of its last turn behind its last clip, else before it.
 
-        "" where there is none. ``labels`` are those of the ids.
+        "" where there is none. ``ids`` [length], token ids, with their ``labels``.
         """
         ids, labels = np.asarray(ids), np.asarray(labels)
         clips = np.flatnonzero(labels > TEXT)

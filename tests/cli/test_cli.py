@@ -220,7 +220,7 @@ def test_the_demo_says_what_the_evidence_page_says():
     chosen = found["chosen"][settings.masking]["settings"]
     assert {name: getattr(settings, name) for name in chosen} == chosen
     row = next(row for row in found["rivals"]["methods"] if row["name"] == "FMD, routed")
-    assert routed == FMDConfig(**row["settings"], text_weight="auto")
+    assert routed == FMDConfig(**row["settings"])
 
 
 def test_the_demo_takes_a_question(fmd):

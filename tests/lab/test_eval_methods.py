@@ -120,3 +120,17 @@ def test_passes_in_words():
 def test_a_method_that_reads_prompts_says_that_it_needs_the_processor(thinker, name):
     with pytest.raises(ValueError, match=f"method {name} reads prompts: it needs the model's processor"):
         Choice(METHODS[name], {}).applied(thinker)
+
+
+def test_routing_is_a_method_and_a_setting(thinker):
+    """Both read prompts, so both are handed the processor."""
+    routed, asked = parse_methods('fmd-routed:fork_layers=2,fmd-zero:text_weight={"visual":0.8,"audio":0.2}')
+    router = fmd_ext.Router(tiny_processor())
+    with routed.applied(thinker, router) as settings:
+        assert settings["masking"] == "attention" and settings["text_weight"] == "auto" and settings["fork_layers"] == 2
+    with asked.applied(thinker, router) as settings:
+        assert settings["masking"] == "zero" and settings["text_weight"] == {"visual": 0.8, "audio": 0.2}
+    for choice in (routed, asked):
+        with pytest.raises(ValueError, match="needs the model's processor"):
+            choice.applied(thinker)
+    assert "text only" in str(METHODS["fmd-routed"].passes)

@@ -13,7 +13,7 @@ from fmd_ext.lab import trained
 from fmd_ext.lab.evidence import rivals
 from fmd_ext.lab.evidence.answers import YesNoQuestions, scores
 from fmd_ext.lab.evidence.prompts import WholePrompts
-from fmd_ext.lab.evidence.rivals import GROUPS, ROUTED, Rival, group_of, macro, measure_rivals, routes_of
+from fmd_ext.lab.evidence.rivals import GROUPS, ROUTED, Rival, best_of, group_of, macro, measure_rivals, routes_of
 from fmd_ext.lab.evidence.rivals_page import rivals_lines
 from fmd_ext.lab.synthetic import split_scenes
 from fmd_ext.lab.synthetic.dataset import BALANCED
@@ -81,7 +81,7 @@ def test_dropping_a_sense_by_truth_is_a_prompt_without_it(model, questions):
 def test_routing_by_truth_gives_each_question_its_branch(model, questions):
     """With all layers forked the answer is one branch's; with attention masking that branch sees one sense only."""
     settings = {"masking": "attention", "fork_layers": LAYERS}
-    with rivals._routed_by_truth(model, questions, **settings):
+    with rivals._routed_by_truth(model, questions, text_weight="auto", **settings):
         right, _ = questions.ask(model)
     by_need = {}
     for need, weight in (("video", 1.0), ("audio", 0.0)):
@@ -121,6 +121,18 @@ def test_settings_are_chosen_on_validation_and_judged_on_test(model, questions, 
     assert order == [(True, {}), (False, {"gamma": 1.0}), (False, {"gamma": 2.0}), (True, {"gamma": 2.0}), (True, {})]
     assert len(found["against_vanilla"]) == 2 * len(GROUPS) and len(found["against_mad"]) == len(GROUPS)
     assert all(row["value"] == 0 and row["p_adjusted"] == 1 for row in found["against_mad"])
+
+
+def test_settings_that_harm_a_group_are_taken_only_where_all_do(questions):
+    items = questions.items
+    groups = np.array([group_of(item) for item in items])
+    vanilla = (groups != GROUPS[1]).astype(float)
+    harmful = (groups != GROUPS[0]).astype(float) + (groups == GROUPS[0]) * (np.arange(len(items)) % 3 > 0)
+    harmless = vanilla.copy()
+    harmless[np.flatnonzero(groups == GROUPS[1])[:2]] = 1
+    assert macro(items, harmful) > macro(items, harmless)
+    assert best_of(items, vanilla, [vanilla, harmful, harmless]) == 2
+    assert best_of(items, vanilla, [harmful * 0, harmful]) == 1
 
 
 def test_groups_count_alike(questions):

@@ -113,6 +113,25 @@ def test_answers_are_the_references(model, processor, settings, runner):
         assert torch.equal(again, got)
 
 
+def test_each_need_may_have_a_weight_of_its_own(model, processor):
+    """The mean over what the question may need; the settings stand in files and come back."""
+    weights = {"visual": 0.8, "audio": 0.3}
+    inputs, router = build_inputs([VIDEO_AUDIO]), routed(processor, ROUTES[[2]])
+    expected = 0.1 * 0.8 + 0.8 * 0.3 + 0.1 * 0.5
+    config = FMDConfig(fork_layers=2, text_weight=expected).resolve(FMDConfig(), NUM_LAYERS)
+    reference = reference_logits(model, config, **inputs)
+    with fmd_ext.patch(model, text_weight=weights, fork_layers=2, processor=router) as handle:
+        torch.testing.assert_close(model(**inputs).logits, reference, atol=1e-4, rtol=1e-4)
+        assert handle.last_call.home_weights[0, 0].item() == pytest.approx(expected)
+        assert handle.last_routes.settings(handle.config)[0].text_weight == pytest.approx(expected)
+    assert FMDConfig(text_weight=weights).asks and FMDConfig(text_weight="auto").asks
+    assert not FMDConfig(text_weight=0.3).asks and not FMDConfig().asks
+    with pytest.raises(ValueError, match="text_weight must have exactly the keys"):
+        FMDConfig(text_weight={"visual": 1.0})
+    with pytest.raises(ValueError, match=r"text_weight\['audio'\] must be in \[0, 1\]"):
+        FMDConfig(text_weight={"visual": 1.0, "audio": 2.0})
+
+
 def test_the_runner_keeps_no_weights_of_an_earlier_call(model):
     """The same kept step serves calls with other routes."""
     inputs = build_inputs([VIDEO_AUDIO])

@@ -114,7 +114,7 @@ def _patched(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, C
 
 
 def _asked_first(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, Caches], Tensor]:
-    """As with text_weight="auto" and a question that was not asked about before: a prompt of its own, then the clip's."""
+    """As with text_weight="auto" and a new question: a prompt of its own that asks, then the clip's."""
     patched = _patched(model, config)
     decoder, head = find_adapter(model).find_decoder(model), model.get_output_embeddings()
     ids = torch.arange(ASKED_TOKENS, device=head.weight.device)[None]

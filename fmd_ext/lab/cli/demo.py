@@ -18,7 +18,7 @@ from fmd_ext.cli import show
 from fmd_ext.cli.answer import Answer, check_context, config_from, generate, patched
 from fmd_ext.cli.errors import UserError, blaming_input, check_target, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
-from fmd_ext.config import AUTO, FMDConfig
+from fmd_ext.config import FMDConfig
 from fmd_ext.inputs.chat import prepare_inputs
 from fmd_ext.inputs.media import Clip, load_clip
 from fmd_ext.lab import trained
@@ -87,7 +87,7 @@ def _configs(args: argparse.Namespace, loaded: LoadedModel) -> tuple[FMDConfig, 
     names = [field.name for field in dataclasses.fields(given)]
     own = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     with blaming_input(ValueError, TypeError):
-        return given, routed.replace(**{**own, "text_weight": AUTO})
+        return given, routed.replace(**{name: v for name, v in own.items() if name != "text_weight" or given.asks})
 
 
 def _clips(args: argparse.Namespace) -> list[tuple[str, Clip, Scene]]:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"fork-merge decoding: {show.describe(settings, num_layers)}")
     if asked:
         print(f"asked: {asked}")
-        print(show.route(routes))
+        print(show.route(routes, settings))
     show.side_by_side(console, answers)
     print(f"the answer {'changes' if flips else 'stays the same'}\n")
     _layer_table(console, shares)

@@ -77,12 +77,17 @@ class Choice:
         """The same text that `parse_methods` takes."""
         return ":".join([self.method.name, *(f"{name}={_written(self.settings[name])}" for name in self.settings)])
 
+    @property
+    def _needs_processor(self) -> bool:
+        asks = "text_weight" in self.settings and FMDConfig(text_weight=self.settings["text_weight"]).asks
+        return self.method.needs_processor or asks
+
     def applied(self, model: Any, processor: Any = None) -> contextlib.AbstractContextManager[Mapping[str, Any]]:
         """A context in which ``model.generate`` uses the method; its value holds all settings in force.
 
         Raises ValueError where the method needs the model's processor and none is given.
         """
-        if not self.method.needs_processor:
+        if not self._needs_processor:
             return self.method.apply(model, **self.settings)
         if processor is None:
             raise ValueError(f"method {self.method.name} reads prompts: it needs the model's processor")
@@ -136,11 +141,12 @@ def _vanilla(model: Any) -> Iterator[Mapping[str, Any]]:
     yield {}
 
 
-def _fork_merge(masking: str | None) -> Apply:
+def _fork_merge(fixed: Mapping[str, Any]) -> Apply:
+    """``fixed``: settings of the method; those that it is given win."""
+
     @contextlib.contextmanager
-    def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
-        config = FMDConfig(**({"masking": masking} if masking else {}), **settings)
-        with fmd_ext.patch(model, config) as handle:
+    def apply(model: Any, processor: Any = None, **settings: Any) -> Iterator[Mapping[str, Any]]:
+        with fmd_ext.patch(model, FMDConfig(**{**fixed, **settings}), processor=processor) as handle:
             yield dataclasses.asdict(handle.config)
 
     return apply
@@ -163,7 +169,7 @@ _FMD_SETTINGS = {
     "masking": "zero or attention: how a branch loses the other modality",
     "mask_scale": "factor on masked embeddings (zero masking)",
     "alpha": "merge weight: a number, or one per modality",
-    "text_weight": "weight of the visual branch at text positions",
+    "text_weight": "weight of the visual branch at text positions; auto: by what the question needs",
 }
 _FMD_SOURCE = "Jung et al., arXiv 2505.20873; docs/method.md says what is the paper's and what is ours"
 
@@ -171,21 +177,30 @@ _FMD_SOURCE = "Jung et al., arXiv 2505.20873; docs/method.md says what is the pa
 _FMD_PASSES = Passes(note="more rows in the fork layers")
 
 
-def _fmd_method(name: str, summary: str, masking: str | None, without: tuple[str, ...]) -> Method:
+def _fmd_method(name: str, summary: str, fixed: Mapping[str, Any], without: tuple[str, ...]) -> Method:
     settings = {key: text for key, text in _FMD_SETTINGS.items() if key not in without}
-    return Method(name, summary, _FMD_SOURCE, _fork_merge(masking), settings, _FMD_PASSES)
+    passes = dataclasses.replace(_FMD_PASSES, note=f"{_FMD_PASSES.note}; a short pass per new question, text only")
+    if "text_weight" not in fixed:
+        return Method(name, summary, _FMD_SOURCE, _fork_merge(fixed), settings, _FMD_PASSES)
+    return Method(name, summary, _FMD_SOURCE, _fork_merge(fixed), settings, passes, needs_processor=True)
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("vanilla", "the model as it is, with its KV cache", "the model's own", _vanilla),
-        _fmd_method("fmd", "fork-merge decoding with the model's default settings", None, ()),
-        _fmd_method("fmd-zero", "fork-merge decoding, zero masking (the paper's)", "zero", ("masking",)),
+        _fmd_method("fmd", "fork-merge decoding with the model's default settings", {}, ()),
+        _fmd_method("fmd-zero", "fork-merge decoding, zero masking (the paper's)", {"masking": "zero"}, ("masking",)),
         _fmd_method(
             "fmd-attention",
             "fork-merge decoding, attention masking (ours)",
-            "attention",
+            {"masking": "attention"},
+            ("masking", "mask_scale", "alpha"),
+        ),
+        _fmd_method(
+            "fmd-routed",
+            "fork-merge decoding, attention masking, branches weighed by what the question needs (ours)",
+            {"masking": "attention", "text_weight": "auto"},
             ("masking", "mask_scale", "alpha"),
         ),
         Method(

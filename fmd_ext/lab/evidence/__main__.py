@@ -43,9 +43,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="page, data and plots (%(default)s)")
     parser.add_argument("--val-clips", type=int, default=360, help="(%(default)s)")
     parser.add_argument("--test-clips", type=int, default=1020, help="(%(default)s)")
-    parser.add_argument(
-        "--rival-clips", type=int, default=120, help="of validation, for rivals' settings (%(default)s)"
-    )
+    parser.add_argument("--rival-clips", type=int, default=90, help="of validation, for rivals' settings (%(default)s)")
     parser.add_argument(
         "--model",
         action="append",
@@ -72,7 +70,7 @@ def main() -> None:
         best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
         FMDConfig(**found["chosen"][best]["settings"]).to_file(trained.SETTINGS)
         rows = {row["name"]: row for row in found["rivals"]["methods"]}
-        FMDConfig(**rows[ROUTED]["settings"], text_weight="auto").to_file(trained.ROUTED)
+        FMDConfig(**rows[ROUTED]["settings"]).to_file(trained.ROUTED)
         trained.FIGURES.write_text(json.dumps(demo_figures(found), indent=1) + "\n")
     write_page(json.loads(record.read_text()), args.docs)
 
