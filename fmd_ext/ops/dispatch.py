@@ -1,4 +1,4 @@
-"""Which code runs an op: fmd_ext's kernels, or torch's own operations (`fmd_ext.ops.torch_path`).
+"""Which code runs an op: fmd_ext's kernels, or torch's own operations.
 
 The kernels are for CPUs, and for CUDA devices of compute capability 8.0 and up; attention on CUDA takes bfloat16 and
 float16 with `head_dim` 64 and 128. Everything else that torch has runs by torch's own operations: other dtypes and head
