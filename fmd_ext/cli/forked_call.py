@@ -11,8 +11,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fmd_ext
-from fmd_ext.adapters import AUDIO, TEXT, VISUAL
 from fmd_ext.engine.reference import reference_hidden
+from fmd_ext.labels import AUDIO, TEXT, VISUAL
 
 LABELS = torch.tensor([[TEXT] * 3 + [VISUAL] * 6 + [AUDIO] * 5 + [TEXT] * 4])  # [1, length]
 NUM_TOKENS = 2

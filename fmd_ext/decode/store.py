@@ -38,7 +38,7 @@ class StepStore:
         """A loaded step whose pools hold the keys of ``cache``, with room for ``room`` positions or more."""
         state = cache.layers[0].state
         tables = state.tables_with_room(room)
-        # All that the launches of a step depend on, apart from what lies in its buffers.
+        # Everything that the launches of a step depend on, except the contents of its buffers.
         key = (
             (state.batch, state.fork_layers, tuple(state.phase), state.home_weights is None),
             tuple(table.num_slots for table in tables),
@@ -67,7 +67,7 @@ class StepStore:
             self._steps.popitem(last=False)
 
     def clear(self) -> None:
-        """Lets go of all steps, their graphs and pools."""
+        """Frees all steps, their graphs and pools."""
         self._steps.clear()
         self._sites.clear()
 

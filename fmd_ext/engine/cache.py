@@ -45,7 +45,7 @@ class BranchedLayer(CacheLayerMixin):
 
     @property
     def _leads(self) -> bool:
-        # transformers asks every layer in turn; the state is one, so the first layer's call acts for all.
+        # transformers calls such a method once per layer. All layers share one state, so only the first layer acts.
         return self.layer_idx == 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -196,9 +196,9 @@ class BranchedState:
         """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
         3 joint).
 
-        ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
-        in chunks forks like a prompt given at once. ``forks`` [batch] bool, of the first call on the cache: the samples
-        that may fork; None: all. Room is made at once; all else changes on ``commit``.
+        ``announced`` [batch] int8 holds modality bits of positions that later calls will bring: a prompt in chunks
+        then forks as it does in one call. ``forks`` [batch] bool, of the first call on the cache, are the samples that
+        may fork; None: all. Slots are reserved here; the rest of the state changes in `commit`.
         """
         self._open(len(labels))
         if forks is not None and self.logical_length == 0:
@@ -216,9 +216,9 @@ class BranchedState:
         return _frozen(raw, labels.shape, begins, (self.fork_table, fork_length), (self.trunk_table, trunk_length))
 
     def _open(self, batch: int) -> None:
-        """Begins anew where nothing is held. Raises ValueError where ``batch`` is not that of what is held."""
+        """Starts a batch in an empty cache. Raises ValueError where the cache holds another number of samples."""
         if self.logical_length == 0:
-            # Drops what an earlier call that failed has left behind.
+            # A call that failed may have left pools behind.
             for layer in self.layers:
                 layer.release()
             self._start(batch)
@@ -226,7 +226,7 @@ class BranchedState:
             raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")
 
     def commit(self, call: Call) -> None:
-        """Takes over what the last plan added; called when the forward call that ran it has succeeded."""
+        """Adds the rows of the last plan to the state; called after its forward call has succeeded."""
         self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
         self.fork_layers, self.home_weights = call.fork_layers, call.home_weights
         self.routes = call.routes or self.routes
@@ -300,7 +300,7 @@ class BranchedState:
 
     @property
     def _text_segments(self) -> np.ndarray:
-        """[batch, segments] bool: those that a text position has a key in."""
+        """[batch, segments] bool: the segments that hold a key of every text position."""
         forked = self.phase == FORKED
         return np.stack([~forked, forked, forked], axis=1)
 
@@ -311,7 +311,7 @@ class BranchedState:
 
     @property
     def text_room(self) -> int:
-        """Text positions that every segment which takes them still has room for."""
+        """Number of text positions that still fit: the least room of the segments that store their keys."""
         fork, trunk = self.fork_table, self.trunk_table
         return int(min((fork.capacity - fork.length)[self._text_segments].min(), (trunk.capacity - trunk.length).min()))
 

@@ -162,7 +162,7 @@ class ForkedDecoder:
             _refuse_packed(positions)
         past = 0 if cache is None else cache.get_seq_length()
         cache, state = adopt(cache, self.session, len(decoder.layers))
-        call = self.session.call  # that of a static step, prepared by its runner
+        call = self.session.call  # set by the decode runner, which prepares the call of a static step
         is_prepared = call is not None
         if not is_prepared:
             check_length(decoder, past + embeds.shape[1])
@@ -180,7 +180,7 @@ class ForkedDecoder:
         given["inputs_embeds"] = self._pack_embeds(embeds, branches, call.plan)
         given["position_ids"] = self._pack_positions(positions, embeds, call.plan, past)
         given.update({self.cache_name: cache}, use_cache=True, attention_mask=None, return_dict=True)
-        given["fmd_call"] = call  # for attention modules, which may be copies that know no session of ours
+        given["fmd_call"] = call  # attention modules may be copies, which have no session
         with self.session.running(call):
             out = self.original(**given)
         if not is_prepared:
@@ -190,7 +190,7 @@ class ForkedDecoder:
         return out.to_tuple() if return_dict is False else out
 
     def _prompt(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
-        """The prompt of the entry's forward call, or of `generate` where the call has not come through that forward."""
+        """The prompt of the entry's forward call; where the decoder is called directly, that of `generate`."""
         if self.session.incoming is not None:
             prompt, length = self.session.incoming
             prompt.check_positions(length, past + embeds.shape[1])
@@ -348,9 +348,9 @@ def _refuse_packed(position_ids: torch.Tensor | None) -> None:
 
 
 def _is_generated(prompt: Prompt | None, state: BranchedState, mask: torch.Tensor | None, length: int) -> bool:
-    """Whether it is known without a look at ``mask`` that the new position of a cached call is no padding.
+    """Whether the new position of a cached call is a generated token, which is never padding.
 
-    It is within ``generate``, once the mask of the prompt has been read.
+    Decided without reading ``mask`` back from the device: ``generate`` has read the prompt's mask before.
     """
     if mask is None or length != 1 or mask.dim() != 2 or prompt is None or not prompt.is_one_with(state.prompt):
         return False

@@ -1,4 +1,4 @@
-"""What a patch remembers while in force: its settings, the call that runs, and the prompt of a running `generate`."""
+"""The state of a patch: its settings, the call that is running, and the prompt of the running `generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OpenCall = Callable[[Plan, np.ndarray, Any], Call]
 
 
 class OneAtATime:
-    """A reentrant lock that can be copied with its model; the copy is a lock of its own."""
+    """A reentrant lock. A deep copy of a model that holds one gets a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -47,14 +47,14 @@ class Session:
 
     Args:
         config: the resolved settings.
-        open_call: makes a call's `Call` where a setting is left to the prompt; None: the settings say it all.
+        open_call: creates the `Call` of a forward call where a setting is "auto"; None where no setting is.
 
     Attributes:
-        lock: held by every call: calls of several threads follow one another, since the state is that of one call.
+        lock: held during every call. The state describes one call, so threads run one after another.
         call: the call that is running, else None.
         last_call: the last call that succeeded; None before the first.
-        incoming: the prompt of the entry's forward call that is running, which the decoder's call belongs to, and how
-            many positions that call has, cached ones included; None where no such call runs.
+        incoming: while a forward call of the entry runs, its prompt and its number of positions, cached ones
+            included; else None. The decoder's call belongs to that prompt.
         generating: the prompt of the ``generate`` call that is running.
     """
 
@@ -119,7 +119,7 @@ class Session:
         return Call(plan, cast(int, self.config.fork_layers), state.home_weights)
 
     def merge_weights(self, device: torch.device) -> torch.Tensor:
-        """The config's `merge_weights`, float32 [4]. Kept: copying them in every call would wait for the device."""
+        """The config's `merge_weights`, float32 [4]. Cached: a copy per call would wait for the device."""
         key = (self.config.merge_weights, device)
         if key not in self._merge_weights:
             self._merge_weights[key] = torch.tensor(key[0], dtype=torch.float32, device=device)

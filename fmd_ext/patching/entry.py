@@ -93,8 +93,8 @@ class EntryForward(_Entry):
                 return self.original(**call)
 
     def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
-        """The labels given by hand, else those of the `generate` call that this call is part of, else those of the
-        context, else those read off the call's own ids, or embeddings, and features."""
+        """The prompt of a call. Labels given by hand come first, then those of the `generate` call that it belongs to,
+        those of the context, and those read off the call's own ids (or embeddings) and features."""
         ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
         given, length = embeds if ids is None else ids, _length(call)
         if modality_labels is not None:
@@ -112,7 +112,7 @@ class EntryForward(_Entry):
         return None if labels is None else Prompt(_shifted(labels, past), is_read=True)
 
     def _is_part_of(self, prompt: Prompt, call: dict[str, Any], given: torch.Tensor | None, past: int) -> bool:
-        """Whether a call with ids or embeddings ``given`` is one of the `generate` call that holds ``prompt``.
+        """Whether a call with ids or embeddings ``given`` belongs to the `generate` call of ``prompt``.
 
         Raises ValueError where labels were given by hand and the first call begins with something else.
         """
@@ -130,7 +130,7 @@ class EntryForward(_Entry):
         return False
 
     def _brings_features(self, prompt: Prompt, call: dict[str, Any]) -> bool:
-        """Whether the call feeds every placeholder of ``prompt`` that it holds. Else it is of another prompt."""
+        """Whether the call has the features of all placeholders in it. If not, it belongs to another prompt."""
         ids = call.get("input_ids")
         if ids is None or not prompt.is_read or not prompt.has_content:
             return True
@@ -141,7 +141,7 @@ class EntryForward(_Entry):
 
 
 class EntryGenerate(_Entry):
-    """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
+    """Labels the whole prompt at once: its chunks fork alike, and generated tokens are text, whatever their ids."""
 
     def __init__(
         self,
@@ -212,5 +212,5 @@ def _length(call: dict[str, Any]) -> int:
 
 
 def _shifted(labels: torch.Tensor, past: int) -> np.ndarray:
-    """Labels behind ``past`` cached positions, whose labels no longer matter."""
+    """Labels after ``past`` cached positions, which get text labels: the cache has planned them already."""
     return np.pad(check_labels(labels), ((0, 0), (past, 0)))

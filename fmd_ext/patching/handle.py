@@ -57,14 +57,14 @@ class Handle:
         self.why_not_fused = "the decoder runs as it is"
         self.installation = Installation(self.session)
         self.row_counters = RowCounters(self.session, self.decoder)
-        self._claims = 0  # calls of `patch` that have returned this handle, less the blocks that have ended
+        self._claims = 0  # number of `patch` calls that returned this handle, minus the `with` blocks that have ended
 
     def __repr__(self) -> str:
         return f"fmd_ext.Handle({type(self.model).__name__}, {self.adapter.name}, {self.config})"
 
     @property
     def is_in_force(self) -> bool:
-        """Whether this patch is what runs: it is on the model, and nothing has replaced its methods or parts since."""
+        """Whether the model's calls run this patch: it is on, and nothing has replaced its methods or modules."""
         if handle_of(self.model) is not self or self.installation.replaced:
             return False
         if self.adapter.find_decoder(self.model) is not self.decoder:

@@ -185,7 +185,7 @@ class Installation:
 
     @property
     def replaced(self) -> list[str]:
-        """Those of the methods that users call that no longer reach their replacement."""
+        """The methods for users (`forward`, `generate`) whose calls no longer reach our replacement."""
         return [str(change) for change in self._guarded() if not change.still_runs]
 
     def refuse_replaced(self) -> None:
@@ -219,7 +219,7 @@ class Installation:
     # --- taking off -------------------------------------------------------------------------------------------------
 
     def remove(self, *roots: nn.Module) -> None:
-        """Takes everything off again, also what copies of patched parts below ``roots`` have brought along."""
+        """Undoes all changes, also in modules below ``roots`` that were copied from patched ones."""
         for hook in self._hooks:
             hook.remove()
         lost = [str(change) for change in reversed(self._changes) if not change.undo()][::-1]

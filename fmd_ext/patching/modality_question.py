@@ -1,4 +1,4 @@
-"""The question about a question: which modality its answer needs. Its wording is data, one per language."""
+"""What the model is asked about a user's question: which modality its answer needs. One wording per language."""
 
 from __future__ import annotations
 

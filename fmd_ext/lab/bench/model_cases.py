@@ -13,10 +13,11 @@ from transformers import DynamicCache
 
 import fmd_ext
 from fmd_ext import FMDConfig
-from fmd_ext.adapters import AUDIO, VISUAL, find_adapter
+from fmd_ext.adapters import find_adapter
 from fmd_ext.compat import cache_kwargs
 from fmd_ext.config import AUTO, MASKINGS, MODALITIES
 from fmd_ext.engine.reference import reference_hidden
+from fmd_ext.labels import AUDIO, VISUAL
 
 from .cases import Candidate, Case
 from .checking import Reference
