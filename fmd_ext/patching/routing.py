@@ -6,6 +6,7 @@ been asked about once is not asked about again.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import re
@@ -20,7 +21,6 @@ from torch import nn
 from fmd_ext.engine.prompt import Prompt
 from fmd_ext.engine.routes import NEEDS, Routes
 from fmd_ext.engine.session import Session
-from fmd_ext.inputs.chat import prepare_inputs, render_question
 from fmd_ext.labels import TEXT
 from fmd_ext.patching.modality_question import MODALITY_QUESTIONS, ModalityQuestion
 
@@ -59,7 +59,7 @@ class Router:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.wording = wording
         self.route = route
-        before, self._closing = render_question(processor, _MARK).split(_MARK)
+        before, self._closing = _chat().render_question(processor, _MARK).split(_MARK)
         self._opening = before.split()[-1] if before.split() else ""  # "<|im_start|>user", "USER:", "[INST]"
         self.answers = [] if route is not None else self._first_tokens()
 
@@ -103,15 +103,15 @@ class Router:
         """Token ids of the prompt that asks which modality ``question`` needs."""
         text = self.wording.about(question)
         if self.tokenizer is self.processor:
-            return self._ids(render_question(self.processor, text))
-        return prepare_inputs(self.processor, [], text)["input_ids"][0].tolist()
+            return self._ids(_chat().render_question(self.processor, text))
+        return _chat().prepare_inputs(self.processor, [], text)["input_ids"][0].tolist()
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _first_tokens(self) -> list[list[int]]:
         """For each of NEEDS the tokens that an answer may begin with, as the template goes on."""
-        prompt = render_question(self.processor, self.wording.about("?"))
+        prompt = _chat().render_question(self.processor, self.wording.about("?"))
         blank = self._next_token(prompt, " ")  # tells no answer from another
         found = []
         for need in NEEDS:
@@ -215,3 +215,8 @@ def answers_to(router: Router, entry: nn.Module, decoder: nn.Module, prompts: Se
     logits = entry.get_output_embeddings()(hidden[torch.arange(len(prompts), device=hidden.device), last])
     scores = torch.stack([logits[:, tokens].float().logsumexp(1) for tokens in router.answers], 1)
     return scores.softmax(1).cpu().numpy()
+
+
+def _chat() -> Any:
+    """`fmd_ext.inputs.chat`, which loads what decodes clips: only who asks needs it."""
+    return importlib.import_module("fmd_ext.inputs.chat")

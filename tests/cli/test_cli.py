@@ -97,7 +97,7 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
         ((*ASK, "--vanilla", "--compare"), "not allowed with argument --vanilla"),
         ((*ASK, "--fps", "0"), "argument --fps: must be above 0, got 0"),
         ((*ASK, "--fps", "two"), "argument --fps: must be a number, got 'two'"),
-        ((*ASK, "--text-weight", "half"), "argument --text-weight: must be a number, got 'half'"),
+        ((*ASK, "--text-weight", "half"), "argument --text-weight: a number, visual=A,audio=B or auto, got 'half'"),
         ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
         ((*ASK, "--max-frames", "many"), "argument --max-frames: must be a whole number, got 'many'"),
         ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
