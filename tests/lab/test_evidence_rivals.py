@@ -11,6 +11,7 @@ from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGenerati
 import fmd_ext
 from fmd_ext.lab import trained
 from fmd_ext.lab.evidence import rivals
+from fmd_ext.lab.evidence.alternatives import measure_alternatives, told_apart
 from fmd_ext.lab.evidence.answers import YesNoQuestions, scores
 from fmd_ext.lab.evidence.prompts import WholePrompts
 from fmd_ext.lab.evidence.rivals import GROUPS, ROUTED, Rival, best_of, group_of, macro, measure_rivals, routes_of
@@ -147,7 +148,7 @@ def test_the_record_is_whole_and_the_verdict_is_its():
         assert {row["name"] for row in record["methods"]} == names
         assert all(row["groups"].keys() == set(GROUPS) for row in record["methods"])
     assert len(found["models"]) >= 3 and found["rivals"]["clips"] >= 500
-    text = " ".join(rivals_lines(found["rivals"], found["models"]))
+    text = " ".join(rivals_lines(found))
     row = next(r for r in found["rivals"]["against_vanilla"] if (r["name"], r["group"]) == (ROUTED, GROUPS[1]))
     reached = all(
         r["value"] >= 0.1
@@ -156,3 +157,26 @@ def test_the_record_is_whole_and_the_verdict_is_its():
     )
     assert f"Gained: {100 * row['value']:.1f} points on sound" in text
     assert ("(not reached)" in text.split("Gained:")[1].split("Worse than vanilla")[0]) != reached
+
+
+def test_samples_are_told_apart_by_the_best_threshold():
+    assert told_apart(np.array([1.0, 2.0]), np.array([3.0, 4.0])) == 1
+    assert told_apart(np.array([3.0, 4.0]), np.array([1.0, 2.0])) == 1
+    assert told_apart(np.array([1.0, 3.0]), np.array([2.0, 4.0])) == 0.75
+    assert told_apart(np.array([1.0, 1.0]), np.array([1.0, 1.0])) == 0.5
+
+
+def test_alternatives_to_asking(model, made):
+    shared = YesNoQuestions(model, *made)
+    found = measure_alternatives(shared, model, prompts=3)
+    alone = {}
+    for weight in (0.0, 1.0):
+        with fmd_ext.patch(model, masking="attention", fork_layers=LAYERS, text_weight=weight):
+            alone[weight] = shared.ask(model)
+    hits = [
+        (max((alone[0.0][i], alone[1.0][i]), key=abs) > 0) == item.answer
+        for i, item in enumerate(shared.items)
+        if group_of(item) == GROUPS[1]
+    ]
+    assert found["confidence"][GROUPS[1]] == pytest.approx(np.mean(hits), abs=1e-4)
+    assert 0.5 <= found["attention"]["told_apart"] <= 1

@@ -16,6 +16,7 @@ import transformers
 from fmd_ext.config import FMDConfig
 from fmd_ext.lab import trained
 from fmd_ext.lab.bench.machine import describe
+from fmd_ext.lab.evidence.alternatives import measure_alternatives
 from fmd_ext.lab.evidence.answers import YesNoQuestions
 from fmd_ext.lab.evidence.measure import (
     GROUPS,
@@ -78,12 +79,14 @@ def main() -> None:
 def collect(work: Path, val_clips: int, test_clips: int) -> dict:
     """Everything that the page shows of the package's model, but the rivals."""
     model, processor = load(trained.MODEL)
-    chosen = choose(YesNoQuestions(model, processor, *clips_of(work, processor, "val", val_clips)), model)
+    validation = YesNoQuestions(model, processor, *clips_of(work, processor, "val", val_clips))
+    chosen = choose(validation, model)
     pool, scenes = clips_of(work, processor, "test", test_clips)
     test = YesNoQuestions(model, processor, pool, scenes)
     settings = [chosen[masking]["settings"] for masking in ("zero", "attention")]
     return {
         "chosen": chosen,
+        "alternatives": measure_alternatives(validation, model, PROMPTS),
         "test": measure(test, model, chosen),
         "tasks": measure_tasks(model, processor, pool, scenes),
         "text_weight": measure_text_weights(test, model),

@@ -215,7 +215,7 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
             "model; the average of both reaches what the tables above say."
         )
     yield ""
-    yield from rivals_lines(found["rivals"], found["models"])
+    yield from rivals_lines(found)
     yield from ("## Attention", "", "![attention of the last question token](images/evidence_attention.png)", "")
     yield "Where the last token of a question about the sound looks, mean over heads and 100 questions; per layer:"
     yield ""

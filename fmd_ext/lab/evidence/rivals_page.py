@@ -12,14 +12,23 @@ MOST_TIME = 1.1  # of vanilla's
 DISAGREEING = ("sound, disagreeing", "picture, disagreeing")
 
 
-def rivals_lines(rivals: dict[str, Any], models: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """``rivals``: of the model that comes with the package; ``models``: the same of others, with their names."""
+def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
+    """``found``: the whole record."""
+    rivals, models, other = found["rivals"], found["models"], found["alternatives"]
     rows = {row["name"]: row for row in rivals["methods"]}
     yield from ("## Which sense the question needs", "")
     yield (
         'With `text_weight="auto"` the model is asked, text only, which modality a question needs '
         "([method.md](method.md#routing)). Training taught this model to answer that, as pretrained models can. "
         f"On the test questions it names the right one for {_router(rivals['router'])}."
+    )
+    yield ""
+    sure = ", ".join(f"{group} {value:.1%}" for group, value in other["confidence"].items())
+    yield (
+        "Two ways that need no asking, on validation clips. The surer branch answers, all layers forked: "
+        f"{sure}. Where the unpatched model's last token looks, picture or sound, tells questions about the one from "
+        f"those about the other in {other['attention']['told_apart']:.0%} of {other['attention']['prompts']}, at the "
+        "threshold that is best for these. Asking is kept."
     )
     yield ""
     yield (
