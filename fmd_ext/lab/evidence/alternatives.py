@@ -1,4 +1,4 @@
-"""Other ways to tell what a question needs than to ask, on validation clips: the branches' confidence, and attention."""
+"""Ways to tell what a question needs other than asking, on validation clips: the branches' confidence, attention."""
 
 from __future__ import annotations
 

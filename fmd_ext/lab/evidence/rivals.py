@@ -85,14 +85,17 @@ def rivals(layers: int) -> list[Rival]:
     depths = sorted({1, 2, 3, layers})
     attention = [{"masking": "attention", "fork_layers": depth} for depth in depths]
     zero = [{"masking": "zero", "fork_layers": depth, "alpha": 1.0} for depth in depths]
-    weights = [{"visual": 1.0, "audio": 0.0}, {"visual": 0.8, "audio": 0.2}]
+    pairs = ((1.0, 0.0), (0.8, 0.2), (1.0, 0.2), (1.0, 0.3), (1.0, 0.4))
+    weights = [{"visual": visual, "audio": audio} for visual, audio in pairs]
     routed = [{**settings, "text_weight": weight} for settings in attention for weight in weights]
     return [
         Rival("vanilla", [{}], lambda model, questions, settings: questions.ask(model)),
         Rival("FMD", [*zero, *attention], _within(lambda model, questions, **s: fmd_ext.patch(model, **s))),
         Rival(ROUTED, routed, _within(_routed)),
         Rival("FMD, routed by truth", routed, _within(_routed_by_truth)),
-        Rival("FMD, routed, zero masking", [{**s, "text_weight": w} for s in zero for w in weights], _within(_routed)),
+        Rival(
+            "FMD, routed, zero masking", [{**s, "text_weight": w} for s in zero for w in weights[:2]], _within(_routed)
+        ),
         Rival("drop a sense, by asking", [{}], _drop_by_asking),
         Rival("drop a sense, by truth", [{}], _drop_by_truth),
         Rival("MAD", [{"gamma": g, "wording": w} for w in ("published", "en") for g in (2.5, 1.0)], _within(_mad)),

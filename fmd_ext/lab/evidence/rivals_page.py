@@ -9,6 +9,7 @@ from fmd_ext.lab.evidence.rivals import GROUPS, LEAST_LOSS, ROUTED
 
 LEAST_GAIN = 0.10  # what routing is to gain where the senses disagree, each
 MOST_TIME = 1.1  # of vanilla's
+DROPPED = "drop a sense, by asking"
 DISAGREEING = ("sound, disagreeing", "picture, disagreeing")
 
 
@@ -108,8 +109,16 @@ def _verdict(rivals: dict[str, Any], rows: dict[str, Any]) -> str:
         f"Worse than vanilla: {', '.join(worse) or 'nowhere, as far as can be seen'}.",
         f"Time: {time:.2f} of vanilla's ({'reached' if time <= MOST_TIME else 'not reached'}).",
         f"Worse than MAD: {', '.join(below) or 'nowhere, as far as can be seen'}.",
+        "The control that drops the sense by the same asking reaches "
+        f"{_value(rows, DROPPED, 0)} and {_value(rows, DROPPED, 1)} % where the senses disagree, routed FMD "
+        f"{_value(rows, ROUTED, 0)} and {_value(rows, ROUTED, 1)} %: a prompt without a clip's other sense is what "
+        "this model was trained on, while a branch keeps the markers and the positions of what it does not see.",
     ]
     return " ".join(told)
+
+
+def _value(rows: dict[str, Any], name: str, which: int) -> str:
+    return f"{100 * rows[name]['groups'][DISAGREEING[which]]['value']:.1f}"
 
 
 def _other_models(rivals: dict[str, Any], models: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
@@ -117,7 +126,7 @@ def _other_models(rivals: dict[str, Any], models: Sequence[dict[str, Any]]) -> I
         router = model["rivals"]["router"].values()
         asked = sum(cell["right"] * cell["items"] for cell in router) / sum(cell["items"] for cell in router)
         for row in model["rivals"]["methods"]:
-            if row["name"] in ("vanilla", "FMD", ROUTED, "FMD, routed by truth", "MAD"):
+            if row["name"] in ("vanilla", "FMD", ROUTED, "FMD, routed by truth", DROPPED, "MAD"):
                 yield [model["name"], row["name"], *_accuracies(row), f"{asked:.1%}" if row["name"] == ROUTED else ""]
 
 
