@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,8 @@ def _print(report: dict[str, Any]) -> None:
     section("ops", [(f"{op['op']} ({op['device']})", _op_line(op)) for op in report["ops"]])
     calls = [(f"{call['masking']} masking ({call['device']})", _call_line(call)) for call in report["forked_calls"]]
     section("forked calls", calls or [("not tried", "see the problems below")])
+    fusions = {(name, call["device"]): told for call in report["forked_calls"] for name, told in _fusions(call)}
+    section("fusions, in that model", [(f"{name} ({device})", told) for (name, device), told in fusions.items()])
     runner = report["decode_runner"]
     section("decode runner", [("by default", f"{'on' if runner['on_by_default'] else 'off'}: {runner['why']}")])
     section("serving", [("vLLM", environment.in_words(report["serving"]))])
@@ -302,6 +305,10 @@ def _call_line(call: dict[str, Any]) -> str:
         f"rounding, forking changes {call['effect']:.1e}); {len(call['shortfalls'])} greedy tokens "
         f"{'as' if call['is_right'] else 'NOT as'} the reference's"
     )
+
+
+def _fusions(call: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    return call.get("fusions", {}).items()
 
 
 def _plain(value: Any) -> str:

@@ -20,8 +20,7 @@ from fmd_ext.ops import dispatch
 from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate
-from fmd_ext.patching.fusions.norms import FusedNorm, is_plain
-from fmd_ext.patching.fusions.rotary import FusedRotation, why_not_fused
+from fmd_ext.patching.fusions.put_on import Fusion, none_on, put_on
 from fmd_ext.patching.installation import Installation, no_context
 from fmd_ext.patching.labelling import LabelReader, cached
 from fmd_ext.patching.refusals import attention_modules, refuse_unsupported
@@ -38,11 +37,18 @@ class Handle:
         config: the resolved `FMDConfig` in force.
         adapter: the `Adapter` that serves the model.
         runner: the `DecodeRunner`; its ``last`` tells what the last ``generate`` call's decode steps ran on, and why.
-        why_not_fused: why the model's own code rotates queries and keys; empty where the append does it.
+        fusions: what runs as fewer, larger ops, by name: ``rotation`` (within the append), ``norms``, ``qkv`` and
+            ``gate_up`` (linears as one product); each a `Fusion` that says where, and why not elsewhere.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, config: FMDConfig, runner: bool | None, router: Router | None
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        config: FMDConfig,
+        runner: bool | None,
+        fusions: bool | None,
+        router: Router | None,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -54,7 +60,8 @@ class Handle:
         self.runner = DecodeRunner(self.session, self.decoder, runner)
         self.router = router
         self._asking = None if router is None else Asking(self.session, self.entry, self.decoder, router)
-        self.why_not_fused = "the decoder runs as it is"
+        self.wants_fusions = fusions
+        self.fusions: dict[str, Fusion] = none_on("the decoder runs as it is")
         self.installation = Installation(self.session)
         self.row_counters = RowCounters(self.session, self.decoder)
         self._claims = 0  # number of `patch` calls that returned this handle, minus the `with` blocks that have ended
@@ -70,6 +77,11 @@ class Handle:
         if self.adapter.find_decoder(self.model) is not self.decoder:
             return False
         return not (self.config.fork_layers or self.runner.wanted) or not self._other_attention()
+
+    @property
+    def asked_for(self) -> tuple[FMDConfig, Adapter, bool | None, bool | None]:
+        """What `patch` was given, settings resolved."""
+        return self.config, self.adapter, self.runner.wanted, self.wants_fusions
 
     @property
     def _is_on(self) -> bool:
@@ -178,16 +190,9 @@ class Handle:
         put.override(decoder, "forward", ForkedDecoder, self.adapter.embed, context=self._decoder_call)
         if hasattr(decoder, self.adapter.deepstack):
             put.override(decoder, self.adapter.deepstack, PackedDeepstack)
-        attention = [module for layer in decoder.layers for module in attention_modules(layer, self.adapter)]
-        for module in (decoder, *attention):
+        for module in (decoder, *(m for layer in decoder.layers for m in attention_modules(layer, self.adapter))):
             put.branch_config(module)
-        reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
-        self.why_not_fused = next(filter(None, reasons), "")
-        for module, reason in zip(attention, reasons, strict=True):
-            if not reason:
-                put.override(module, "forward", FusedRotation, self.adapter.rotary)
-        for module in (m for part in (*decoder.layers, decoder.norm) for m in part.modules() if is_plain(m)):
-            put.override(module, "forward", FusedNorm)
+        self.fusions = put_on(put, decoder, self.adapter, self.wants_fusions)
         first = self.config.fork_layers if isinstance(self.config.fork_layers, int) else 1  # auto forks at least one
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             put.pre_hook(module, MergeHook(self.session, index))
@@ -223,6 +228,7 @@ def patch(
     adapter: str | Adapter | None = None,
     processor: Any = None,
     runner: bool | None = None,
+    fusions: bool | None = None,
     **overrides: Any,
 ) -> Handle:
     """Switches fork-merge decoding on for ``model`` (this instance only).
@@ -242,6 +248,8 @@ def patch(
         runner: whether ``generate`` decodes over static buffers, on CUDA by replaying a captured graph. Default: on
             CUDA, with ``fork_layers`` above 0. True: on any device, and with 0 fork layers too, which then run on
             fmd_ext's attention. A call that cannot be run so takes the usual path, with one warning that says why.
+        fusions: whether parts of the decoder run as fewer, larger ops, with the same results up to rounding. Default:
+            those that are not slower on its device. True: all. False: none. ``handle.fusions`` says which are on.
         **overrides: fields of `FMDConfig` that replace those of ``config``.
 
     Returns:
@@ -257,6 +265,8 @@ def patch(
         raise TypeError(f"config must be an FMDConfig, got {config!r}; single settings are given by name: alpha=0.8")
     if runner not in (None, True, False):
         raise TypeError(f"runner must be True, False or None, got {runner!r}")
+    if fusions not in (None, True, False):
+        raise TypeError(f"fusions must be True, False or None, got {fusions!r}")
     chosen = find_adapter(model, adapter)
     decoder = chosen.find_decoder(model)
     resolved = (config or FMDConfig()).replace(**overrides).resolve(chosen.defaults, len(decoder.layers))
@@ -273,13 +283,15 @@ def patch(
                 "the model was patched, and parts of the patch have been replaced since, as by a library that puts its "
                 "own forward on modules; unpatch it first"
             )
-        same = (current.config, current.adapter, current.runner.wanted) == (resolved, chosen, runner)
+        same = current.asked_for == (resolved, chosen, runner, fusions)
         if same and (router is None or router == current.router):
             current._claims += 1
             return current
-        also = "" if current.config != resolved else f", {current.adapter.name} and runner={current.runner.wanted}"
+        also = ""
+        if current.config == resolved:
+            also = f", {current.adapter.name}, runner={current.runner.wanted} and fusions={current.wants_fusions}"
         raise ValueError(f"the model is patched already, with {current.config}{also}; unpatch it first")
-    handle = Handle(model, chosen, resolved, runner, router)
+    handle = Handle(model, chosen, resolved, runner, fusions, router)
     handle.install()
     handle._claims = 1
     return handle

@@ -135,6 +135,7 @@ class Installation:
         self.is_removed = False
         self._changes: list[Change] = []
         self._hooks: list[Any] = []
+        self._afterwards: list[Callable[[], None]] = []
         self._seen: dict[int, tuple[int, int]] = {}
         self._said = False
 
@@ -171,6 +172,10 @@ class Installation:
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         self._hooks.append(module.register_forward_pre_hook(PythonHook(hook), with_kwargs=True))
+
+    def on_removal(self, function: Callable[[], None]) -> None:
+        """Has ``function`` called when the changes have been taken off."""
+        self._afterwards.append(function)
 
     def refuse_replicas(self, module: nn.Module) -> None:
         """Refuses `nn.DataParallel`: its copies would keep the methods of this instance, which belong to its device."""
@@ -230,7 +235,9 @@ class Installation:
                 ", ".join(lost[:3]),
                 f" and {len(lost) - 3} more" if len(lost) > 3 else "",
             )
-        self._hooks, self._changes, self.is_removed = [], [], True
+        for function in self._afterwards:
+            function()
+        self._hooks, self._changes, self._afterwards, self.is_removed = [], [], [], True
         for module in (module for root in roots for module in root.modules()):
             _strip(module)
 

@@ -41,6 +41,7 @@ def test_doctor_reports_json(fmd):
     for call in calls.values():
         assert call["is_right"] and call["error"] <= call["allowed"] < 1e-3 < call["effect"]
         assert len(call["shortfalls"]) == 2 and max(call["shortfalls"]) < 1e-3
+        assert call["fusions"]["norms"] == "on in 9 modules" and "fusions=True" in call["fusions"]["qkv"]
     on_gpu = torch.cuda.is_available() and libraries["cuda"]["loaded"]
     assert report["decode_runner"]["on_by_default"] == on_gpu and "runner" in report["decode_runner"]["why"]
 
@@ -54,6 +55,7 @@ def test_doctor_in_words(fmd):
         "branched_decode (cpu)",
         "torch_target_version",
         "forked calls",
+        "gate_up (cpu)",
         "decode runner",
     ):
         assert word in out
