@@ -62,6 +62,8 @@ def test_costs_are_multiples_of_vanillas(model, questions):
     assert vanilla.passes == batches and vanilla.layer_rows % LAYERS == 0 and vanilla.seconds > 0
     with fmd_ext.patch(model, masking="zero", fork_layers=LAYERS):
         _, twice = questions.ask(model)
+    few, limited = questions.ask(model, limit=2)
+    assert limited.passes == 2 and limited.questions < vanilla.questions == len(questions.items)
     assert twice.passes == batches and 1.5 < twice.layer_rows / vanilla.layer_rows < 2
     alone = questions.ask(model, ["audio"] * len(questions.items))[1]
     assert alone.layer_rows < vanilla.layer_rows
@@ -103,9 +105,10 @@ def test_settings_are_chosen_on_validation_and_judged_on_test(model, questions, 
     """By the mean over groups; the test questions are not looked at before."""
     order = []
 
-    def ask(model, asked, settings):
-        order.append((asked is questions, settings))
-        right, cost = asked.ask(model)
+    def ask(model, asked, settings, limit=None):
+        if limit is None:
+            order.append((asked is questions, settings))
+        right, cost = asked.ask(model, limit=limit)
         return right * (settings.get("gamma") != 1.0), cost
 
     test = questions
@@ -120,6 +123,7 @@ def test_settings_are_chosen_on_validation_and_judged_on_test(model, questions, 
     found = measure_rivals(model, validation, test)
     assert [row["settings"] for row in found["methods"]] == [{}, {"gamma": 2.0}, {}]
     assert order == [(True, {}), (False, {"gamma": 1.0}), (False, {"gamma": 2.0}), (True, {"gamma": 2.0}), (True, {})]
+    assert all(0.2 < row["time"] < 5 for row in found["methods"])  # they do the same here
     assert len(found["against_vanilla"]) == 2 * len(GROUPS) and len(found["against_mad"]) == len(GROUPS)
     assert all(row["value"] == 0 and row["p_adjusted"] == 1 for row in found["against_mad"])
 

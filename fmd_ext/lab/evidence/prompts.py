@@ -32,11 +32,13 @@ class Cost:
         passes: forward calls of the decoder.
         layer_rows: rows that decoder layers have computed, summed over layers.
         seconds: of the calls, encoders included.
+        questions: that were asked.
     """
 
     passes: int
     layer_rows: int
     seconds: float
+    questions: int
 
 
 class WholePrompts:
@@ -89,11 +91,14 @@ class WholePrompts:
         return inputs
 
     @torch.no_grad()
-    def ask(self, model: nn.Module, senses: Sequence[str] | None = None) -> tuple[np.ndarray, Cost]:
+    def ask(
+        self, model: nn.Module, senses: Sequence[str] | None = None, limit: int | None = None
+    ) -> tuple[np.ndarray, Cost]:
         """What the model, patched or otherwise changed, answers.
 
         Args:
             senses: per item what its prompt has of the clip; None: both.
+            limit: ask only this many batches, spread evenly, to measure time; None: all.
 
         Returns:
             float64 [items], 1 where the first token is right: of yes and no the likelier one, else the likeliest of
@@ -101,16 +106,18 @@ class WholePrompts:
         """
         senses = np.array(senses if senses is not None else ["both"] * len(self.items))
         right, counter = np.zeros(len(self.items)), _Counter(find_adapter(model).find_decoder(model))
-        start, seconds = time.perf_counter(), 0.0
+        seconds, asked = 0.0, 0
         with counter:
             for kind in dict.fromkeys(senses.tolist()):
-                for numbers in self.batches(senses == kind):
+                batches = self.batches(senses == kind)
+                for numbers in batches if limit is None else batches[:: max(1, len(batches) // limit)][:limit]:
                     inputs = self.inputs(numbers, kind)
                     start = time.perf_counter()
                     logits = model(**inputs).logits[:, -1].float()
                     seconds += time.perf_counter() - start
                     right[numbers] = self._scores(logits, numbers)
-        return right, Cost(counter.passes, counter.layer_rows, seconds)
+                    asked += len(numbers)
+        return right, Cost(counter.passes, counter.layer_rows, seconds, asked)
 
     def _scores(self, logits: torch.Tensor, numbers: np.ndarray) -> np.ndarray:
         answers = self._answers[numbers]

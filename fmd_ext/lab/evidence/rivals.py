@@ -25,13 +25,14 @@ from fmd_ext.lab.synthetic.questions import AUDIO_TASK, MATCHING_TASK, VIDEO_TAS
 TASKS = {AUDIO_TASK: "sound", VIDEO_TASK: "picture", MATCHING_TASK: "matching"}
 GROUPS = tuple(f"{name}, {how}" for name in TASKS.values() for how in ("agreeing", "disagreeing"))
 ROUTED = "FMD, routed"
+TIMED_ROUNDS, TIMED_BATCHES = 5, 3
 LEAST_LOSS = 0.01  # that counts, when settings are chosen
 SENSE_OF = {"visual": "video", "audio": "audio", "both": "both"}  # what a prompt keeps of its clip
 NEED_OF = {sense: need for need, sense in SENSE_OF.items()}
 
 Settings = dict[str, Any]
-# (model, questions, settings) -> 1 or 0 per item, and what it cost
-Ask = Callable[[nn.Module, WholePrompts, Settings], tuple[np.ndarray, Cost]]
+# (model, questions, settings, number of batches or None) -> 1 or 0 per item, and what it cost
+Ask = Callable[..., tuple[np.ndarray, Cost]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Rival:
 
 
 def _within(context: Callable[..., contextlib.AbstractContextManager[Any]]) -> Ask:
-    def ask(model: nn.Module, questions: WholePrompts, settings: Settings) -> tuple[np.ndarray, Cost]:
+    def ask(
+        model: nn.Module, questions: WholePrompts, settings: Settings, limit: int | None = None
+    ) -> tuple[np.ndarray, Cost]:
         with context(model, questions, **settings):
-            return questions.ask(model)
+            return questions.ask(model, limit=limit)
 
     return ask
 
@@ -65,13 +68,35 @@ def _routed_by_truth(model: nn.Module, questions: WholePrompts, **settings: Any)
     return fmd_ext.patch(model, processor=router, **settings)
 
 
-def _drop_by_truth(model: nn.Module, questions: WholePrompts, settings: Settings) -> tuple[np.ndarray, Cost]:
-    return questions.ask(model, questions.needs)
+def _vanilla(
+    model: nn.Module, questions: WholePrompts, settings: Settings, limit: int | None = None
+) -> tuple[np.ndarray, Cost]:
+    return questions.ask(model, limit=limit)
 
 
-def _drop_by_asking(model: nn.Module, questions: WholePrompts, settings: Settings) -> tuple[np.ndarray, Cost]:
+def _drop_by_truth(
+    model: nn.Module, questions: WholePrompts, settings: Settings, limit: int | None = None
+) -> tuple[np.ndarray, Cost]:
+    return questions.ask(model, questions.needs, limit)
+
+
+def _drop_by_asking(
+    model: nn.Module, questions: WholePrompts, settings: Settings, limit: int | None = None
+) -> tuple[np.ndarray, Cost]:
     likeliest = routes_of(model, questions).probabilities.argmax(1)
-    return questions.ask(model, [SENSE_OF[NEEDS[index]] for index in likeliest])
+    return questions.ask(model, [SENSE_OF[NEEDS[index]] for index in likeliest], limit)
+
+
+def time_ratio(model: nn.Module, questions: WholePrompts, rival: Rival, settings: Settings) -> float:
+    """Seconds per question over vanilla's, the median of TIMED_ROUNDS rounds in which both run in turn."""
+    ratios = []
+    for _ in range(TIMED_ROUNDS):
+        seconds = []
+        for ask, chosen in ((_vanilla, {}), (rival.ask, settings)):
+            right, cost = ask(model, questions, chosen, TIMED_BATCHES)
+            seconds.append(cost.seconds / cost.questions)
+        ratios.append(seconds[1] / seconds[0])
+    return float(np.median(ratios))
 
 
 def routes_of(model: nn.Module, questions: WholePrompts) -> fmd_ext.Routes:
@@ -89,7 +114,7 @@ def rivals(layers: int) -> list[Rival]:
     weights = [{"visual": visual, "audio": audio} for visual, audio in pairs]
     routed = [{**settings, "text_weight": weight} for settings in attention for weight in weights]
     return [
-        Rival("vanilla", [{}], lambda model, questions, settings: questions.ask(model)),
+        Rival("vanilla", [{}], _vanilla),
         Rival("FMD", [*zero, *attention], _within(lambda model, questions, **s: fmd_ext.patch(model, **s))),
         Rival(ROUTED, routed, _within(_routed)),
         Rival("FMD, routed by truth", routed, _within(_routed_by_truth)),
@@ -148,7 +173,8 @@ def measure_rivals(model: nn.Module, validation: WholePrompts, test: WholePrompt
         settings = rival.grid[best]
         right, cost = rival.ask(model, test, settings)
         answers[rival.name] = right
-        rows.append(_row(rival.name, settings, test, right, cost))
+        row = _row(rival.name, settings, test, right, cost)
+        rows.append(row | {"time": round(time_ratio(model, test, rival, settings), 3)})
     routes = routes_of(model, test)
     likeliest = np.array(NEEDS)[routes.probabilities.argmax(1)]
     truth = np.array([NEED_OF[need] for need in test.needs])
