@@ -101,6 +101,15 @@ def test_a_video_without_the_sense_that_is_asked_about_is_told(tmp_path):
     assert "has no picture, and the question is about it alone" in said
 
 
+@pytest.mark.parametrize("name, sound", [("cmm", "visual-audio/c_sound.wav"), ("daily-omni", "Videos/x1/x1_audio.wav")])
+def test_a_video_is_never_asked_about_with_another_sound(tmp_path, name, sound):
+    write_benchmark(tmp_path, name)
+    (tmp_path / sound).unlink()
+    loaded = load(name, tmp_path)
+    asked = [item for item in loaded.items if item.senses == "both"]
+    assert asked and all(item.path is None for item in asked) and loaded.missing
+
+
 def test_daily_omni_has_its_published_counts(tmp_path):
     types = BENCHMARKS["daily-omni"].published_groups["type"]
     rows = [dict(records("daily-omni")[0], Type=kind) for kind, count in types.items() for _ in range(count)]

@@ -165,7 +165,7 @@ OFFICIAL: dict[str, Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]
             "modality": item.categories["modality"],
             "granularity": item.categories["granularity"],
             "video_path": item.video if item.senses != "sound" else None,
-            "audio_path": None if item.senses == "picture" else str(item.sound or item.video),
+            "audio_path": item.video if item.senses == "sound" else item.sound and str(item.sound),
             "question": item.question,
             "answer": item.answer,
         }

@@ -29,13 +29,16 @@ def read(records: list[Any], findings: Findings) -> list[Item]:
         if not video and not sound:
             findings.malformed.append(f"{where} names neither a video_path nor an audio_path")
             continue
-        name = video or sound
+        path, own = findings.video(video) if video else findings.sound(sound), None
+        if video and sound:
+            own = findings.sound(sound)
+            path = None if own is None else path  # never the video with another sound
         items.append(
             Item(
                 id=f"{number}",
-                video=name,
-                path=findings.video(video) if video else findings.sound(sound),
-                sound=findings.sound(sound) if video and sound else None,
+                video=video or sound,
+                path=path,
+                sound=own,
                 senses="both" if video and sound else "picture" if video else "sound",
                 question=question.strip(),
                 kind="yes-no",

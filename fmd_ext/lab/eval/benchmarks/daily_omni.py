@@ -42,7 +42,7 @@ def read(senses: str, records: list[Any], findings: Findings) -> list[Item]:
             Item(
                 id=f"{name}/{count[name]}",
                 video=name,
-                path=sound if senses == "sound" else picture,
+                path=sound if senses == "sound" else picture if senses == "picture" or sound else None,
                 sound=sound if senses == "both" else None,
                 senses=senses,
                 question=str(question).strip(),
