@@ -75,8 +75,8 @@ def evidence() -> str:
     found = json.loads(trained.FIGURES.read_text())
     told = "; ".join(f"{name} {sound} and {picture} %" for name, (sound, picture) in found["disagreeing"].items())
     return (
-        f"These are few questions. Over {found['clips']} test clips (docs/evidence.md), where sound and picture "
-        f"disagree, questions about the sound and about the picture are right: {told}."
+        f"These are few questions. Over {found['clips']} test clips (docs/evidence.md, settings chosen there), where "
+        f"sound and picture disagree, questions about the sound and about the picture are right: {told}."
     )
 
 

@@ -19,7 +19,6 @@ from fmd_ext.lab.bench.machine import describe
 from fmd_ext.lab.evidence.alternatives import measure_alternatives
 from fmd_ext.lab.evidence.answers import YesNoQuestions
 from fmd_ext.lab.evidence.measure import (
-    GROUPS,
     attention_before_and_after,
     choose,
     measure,
@@ -99,16 +98,13 @@ def collect(work: Path, val_clips: int, test_clips: int) -> dict:
 
 def demo_figures(found: dict) -> dict:
     """What `fmd-ext demo` tells: accuracy in % where the senses disagree, of sound and of picture, by method."""
-    test, rows = found["test"], {row["name"]: row for row in found["rivals"]["methods"]}
-    chosen = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
-    own = next(row for row in test["grid"] if row["settings"] == found["chosen"][chosen]["settings"])
-    plain = [(test["vanilla"][group]["value"], own["groups"][group]["value"]) for group in GROUPS[3:]]
-    routed = [rows[ROUTED]["groups"][group]["value"] for group in DISAGREEING]
-    named = {"vanilla": [v for v, _ in plain], "FMD": [f for _, f in plain], "FMD routed": routed}
-    return {
-        "clips": test["clips"],
-        "disagreeing": {name: [round(100 * value, 1) for value in values] for name, values in named.items()},
+    rows = {row["name"]: row for row in found["rivals"]["methods"]}
+    names = {"vanilla": "vanilla", "FMD": "FMD", "FMD routed": ROUTED}
+    told = {
+        name: [round(100 * rows[row]["groups"][group]["value"], 1) for group in DISAGREEING]
+        for name, row in names.items()
     }
+    return {"clips": found["rivals"]["clips"], "disagreeing": told}
 
 
 def compared(folder: Path, work: Path, val_clips: int, test_clips: int) -> dict:
