@@ -45,7 +45,9 @@ def describe(config: FMDConfig, num_layers: int) -> str:
     if config.masking == "zero":
         parts += [f"mask scale {config.mask_scale:g}", f"alpha {_weights(config.alpha)}"]
     weight = _weights(config.text_weight)
-    return ", ".join([*parts, f"text weight {'by the question' if weight == AUTO else weight}"])
+    if config.asks:
+        weight = "by the question" + ("" if weight == AUTO else f" ({weight})")
+    return ", ".join([*parts, f"text weight {weight}"])
 
 
 def route(routes: Routes | None, config: FMDConfig) -> str:

@@ -199,7 +199,10 @@ def test_the_demo_shows_answers_of_three_methods_and_timings(fmd, tmp_path):
     assert code == 0
     assert "built-in model, trained on synthetic clips" in out
     assert "FMD: 2 of 6 layers forked, masking attention, text weight 0.5" in out
-    assert "FMD routed: 2 of 6 layers forked, masking attention, text weight by the question" in out
+    assert (
+        "FMD routed: 2 of 6 layers forked, masking attention, text weight by the question (visual 0.8, audio 0.2)"
+        in out
+    )
     assert re.search(r"bundled clip \d+\.mp4: shows .*, sounds like .* \(swapped\)", out)
     assert "clip made on the spot (--seed 4): shows " in out
     counted = re.search(r"^right: vanilla (\d+) of (\d+), FMD (\d+) of (\d+), FMD routed (\d+) of (\d+)$", out, re.M)

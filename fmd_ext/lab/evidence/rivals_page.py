@@ -11,6 +11,7 @@ LEAST_GAIN = 0.10  # what routing is to gain where the senses disagree, each
 MOST_TIME = 1.1  # of vanilla's
 DROPPED = "drop a sense, by asking"
 DISAGREEING = ("sound, disagreeing", "picture, disagreeing")
+COMPARED = ("sound, agreeing", *DISAGREEING)
 
 
 def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -26,10 +27,9 @@ def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     sure = ", ".join(f"{group} {value:.1%}" for group, value in other["confidence"].items())
     yield (
-        "Two ways that need no asking, on validation clips. The surer branch answers, all layers forked: "
-        f"{sure}. Where the unpatched model's last token looks, picture or sound, tells questions about the one from "
-        f"those about the other in {other['attention']['told_apart']:.0%} of {other['attention']['prompts']}, at the "
-        "threshold that is best for these. Asking is kept."
+        "Without asking, on validation clips: where the surer branch answers, all layers forked: "
+        f"{sure}; where the unpatched model's last token looks tells questions about the picture from those about the "
+        f"sound in {other['attention']['told_apart']:.0%} of {other['attention']['prompts']}, at the best threshold."
     )
     yield ""
     yield (
@@ -45,8 +45,7 @@ def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield (
         "Passes (calls of the decoder), rows computed by its layers, and time are multiples of vanilla's, the asking "
-        "included; a question that was asked about once is not asked about again. Time is the median over rounds in "
-        "which both run in turn. Chosen: " + _chosen(rows.values()) + "."
+        "included. Time is the median over rounds in which both run in turn. Chosen: " + _chosen(rows.values()) + "."
     )
     yield from ("", "Differences from vanilla in points, with 95 % intervals clustered by clip; `*`: p below 0.05 by a")
     yield f"sign-flip test, after Holm's correction over all {len(rivals['against_vanilla'])}:"
@@ -108,16 +107,15 @@ def _verdict(rivals: dict[str, Any], rows: dict[str, Any]) -> str:
         f"Worse than vanilla: {', '.join(worse) or 'nowhere, as far as can be seen'}.",
         f"Time: {time:.2f} of vanilla's ({'reached' if time <= MOST_TIME else 'not reached'}).",
         f"Worse than MAD: {', '.join(below) or 'nowhere, as far as can be seen'}.",
-        "The control that drops the sense by the same asking reaches "
-        f"{_value(rows, DROPPED, 0)} and {_value(rows, DROPPED, 1)} % where the senses disagree, routed FMD "
-        f"{_value(rows, ROUTED, 0)} and {_value(rows, ROUTED, 1)} %: a prompt without a clip's other sense is what "
-        "this model was trained on, while a branch keeps the markers and the positions of what it does not see.",
+        "The control that drops a sense by the same asking reaches "
+        f"{', '.join(_value(rows, DROPPED, group) for group in COMPARED)} % on {'; '.join(COMPARED)}, routed FMD "
+        f"{', '.join(_value(rows, ROUTED, group) for group in COMPARED)} %.",
     ]
     return " ".join(told)
 
 
-def _value(rows: dict[str, Any], name: str, which: int) -> str:
-    return f"{100 * rows[name]['groups'][DISAGREEING[which]]['value']:.1f}"
+def _value(rows: dict[str, Any], name: str, group: str) -> str:
+    return f"{100 * rows[name]['groups'][group]['value']:.1f}"
 
 
 def _other_models(rivals: dict[str, Any], models: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
