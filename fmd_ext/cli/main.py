@@ -132,7 +132,7 @@ def _add_eval(commands: Any) -> None:
     parser = commands.add_parser("eval", help="evaluate decoding methods on a benchmark")
     what = parser.add_argument_group("what to ask")
     what.add_argument("--list", action="store_true", help="list benchmarks and methods, and stop")
-    what.add_argument("--benchmark", metavar="NAME", help="avhbench, music-avqa, avqa, video-mme or worldsense")
+    what.add_argument("--benchmark", metavar="NAME", help="such as avhbench; --list names all")
     what.add_argument("--data", metavar="FOLDER", help="with the published files and the videos")
     what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
     what.add_argument("--check", action="store_true", help="say what is missing or cannot be opened, and stop")

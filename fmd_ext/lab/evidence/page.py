@@ -194,9 +194,8 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
         yield ""
     yield from ("## Weight of the merge, soft masking", "", "![alpha and mask scale](images/evidence_weights.png)", "")
     yield (
-        "A mask scale of 1 masks nothing: both branches are then the unpatched model. Below 1 but above 0 it acts on "
-        "the residual stream only: the norm before the first attention divides a factor out again, so that in the "
-        "first layer keys and values of a scaled embedding are those of the embedding itself."
+        "A mask scale of 1 masks nothing. Between 0 and 1 it acts on the residual stream only: the norm before the "
+        "first attention divides the factor out again."
     )
     yield ""
     yield from ("## Who leads at text positions", "", "![text weight](images/evidence_text_weight.png)", "")
@@ -211,8 +210,7 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
             "With all layers forked the branches never meet before the answer: alone, the audio branch answers "
             f"{alone[0.0][heard]['value']:.1%} of the questions about sound on disagreeing clips (vanilla "
             f"{test['vanilla'][heard]['value']:.1%}), the visual branch {alone[1.0][seen]['value']:.1%} of those about "
-            f"the picture (vanilla {test['vanilla'][seen]['value']:.1%}). That is what masking can reach in this "
-            "model; the average of both reaches what the tables above say."
+            f"the picture (vanilla {test['vanilla'][seen]['value']:.1%}). That is what masking can reach in this model."
         )
     yield ""
     yield from rivals_lines(found)
