@@ -11,6 +11,7 @@ from eval_data import FILES, records, write_benchmark, write_json
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, load
 from fmd_ext.lab.eval.clips import ClipInputs, Reading
 from fmd_ext.lab.eval.predictions import _item, _written
+from fmd_ext.lab.lmms_eval.tasks import write_task
 from fmd_ext.lab.tiny import tiny_processor
 
 NAMES = ("cmm", "daily-omni", "daily-omni-picture", "daily-omni-sound")
@@ -128,3 +129,16 @@ def test_avhbench_may_ask_each_question_once(tmp_path):
     assert set(asked.values()) == {1} and ("00002", "Is the car visible in the video?") not in asked
     assert sum(item.kind == "caption" for item in once) == 2
     assert [item.id for item in once] == [item.id for item in whole if item in once]  # the ids of the whole file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_harnesses_refuse_what_they_would_give_wrongly(folders, tmp_path, name):
+    with pytest.raises(ValueError, match="only fmd-ext eval does so"):
+        write_task(load(name, folders[name]), tmp_path)
+
+
+def test_cmm_is_told_how_to_answer_in_every_version(tmp_path):
+    rows = records("cmm")
+    write_json(tmp_path / FILES["cmm"], [rows[0], dict(rows[0], question="Did you see a dog in the video?")])
+    first, second = (item.prompt for item in load("cmm", tmp_path).items)
+    assert first == second == "Did you see a dog in the video? Answer with yes or no."

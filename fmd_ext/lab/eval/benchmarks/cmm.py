@@ -9,6 +9,7 @@ from fmd_ext.lab.eval.items import Item
 
 # The paper's measures are accuracies: of the questions whose answer is yes, and of those whose answer is no.
 MEASURES = {"yes": "perception accuracy", "no": "hallucination resistance"}
+_HOW = "Answer with yes or no."  # behind the questions of some versions of the file, not of all
 _NAMES = ("category", "sub_category", "modality", "granularity", "question", "answer")
 
 
@@ -40,7 +41,7 @@ def read(records: list[Any], findings: Findings) -> list[Item]:
                 path=path,
                 sound=own,
                 senses="both" if video and sound else "picture" if video else "sound",
-                question=question.strip(),
+                question=question.strip().removesuffix(_HOW).rstrip(),
                 kind="yes-no",
                 answer=answer,
                 categories={
@@ -68,7 +69,7 @@ CMM = Benchmark(
     files=("all_data_final_reorg.json", "cmm.json", "test.json"),
     read=read,
     prompts={
-        "default": Prompt("{question}", "the published questions, which say themselves how to answer"),
+        "default": Prompt("{question} " + _HOW, "the words that versions of the published questions end in"),
         "plain": PLAIN,
     },
     published={"all": 2400},
