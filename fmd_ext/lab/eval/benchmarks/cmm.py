@@ -14,8 +14,14 @@ _NAMES = ("category", "sub_category", "modality", "granularity", "question", "an
 
 
 def read(records: list[Any], findings: Findings) -> list[Item]:
-    """A record names a video, a sound file, or both; what it does not name ("None", null) is not given to the model."""
+    """A record names a video, a sound file, or both; what it does not name ("None", null) is not given to the model.
+
+    Two records that follow each other and agree in all categories are the two questions about one sample, though their
+    files have names of their own: in the published file all 2,400 go in such pairs. They are one ``video``, named after
+    the first.
+    """
     items: list[Item] = []
+    sample, alike = "", None  # the open pair: its name, and what its second record must agree in
     for number, record in enumerate(records, 1):
         where = f"record {number}"
         values = findings.fields(record, _NAMES, where)
@@ -34,10 +40,12 @@ def read(records: list[Any], findings: Findings) -> list[Item]:
         if video and sound:
             own = findings.sound(sound)
             path = None if own is None else path  # never the video with another sound
+        kind = (category, sub_category, modality, granularity, record.get("correlation_type"))
+        sample, alike = (sample, None) if kind == alike else (video or sound, kind)
         items.append(
             Item(
                 id=f"{number}",
-                video=video or sound,
+                video=sample,
                 path=path,
                 sound=own,
                 senses="both" if video and sound else "picture" if video else "sound",
@@ -51,6 +59,8 @@ def read(records: list[Any], findings: Findings) -> list[Item]:
                     "sub-category measure": f"{sub_category}, {MEASURES[answer]}",
                     "granularity": granularity,
                     "modality": modality,
+                    "video file": video,
+                    "sound file": sound,
                 },
             )
         )
