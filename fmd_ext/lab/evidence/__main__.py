@@ -71,7 +71,7 @@ def main() -> None:
     elif not args.page_only:
         found = collect(args.work, args.val_clips, args.test_clips)
         found["rivals"] = compared(trained.MODEL, args.work, *(args.rival_clips or (90, 510)))
-        found["models"] = []  # those of `--model` are of the package's own recipe: measured again with it
+        found["models"] = json.loads(record.read_text())["models"] if record.exists() else []  # those of --model stay
         record.write_text(json.dumps(found, indent=1))
         best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
         FMDConfig(**found["chosen"][best]["settings"]).to_file(trained.SETTINGS)
