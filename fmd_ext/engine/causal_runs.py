@@ -48,11 +48,13 @@ class _Batch(NamedTuple):
         arrays: ``rows`` and ``slots`` [runs * size] to gather; ``results`` and ``targets``, the rows of the runs that
             count, and where they belong.
         is_plain: the rows of q and of the result need no gathering.
+        first_slot: where the keys lie one after the other and need none; else None.
     """
 
     shape: tuple[int, int]
     arrays: PackedArrays
     is_plain: bool
+    first_slot: int | None
 
 
 class CausalRuns:
@@ -154,7 +156,8 @@ def _batch(runs: list[Run], size: int, num_rows: int) -> _Batch:
     is_plain = is_plain and np.array_equal(np.concatenate(results), np.arange(num_rows))
     slots = np.concatenate([behind(run.slots) for run in runs])
     arrays = PackedArrays(rows=rows, slots=slots, results=np.concatenate(results), targets=targets)
-    return _Batch((len(runs), size), arrays, is_plain)
+    is_one = len(slots) == size and np.array_equal(slots, np.arange(slots[0], slots[0] + size))
+    return _Batch((len(runs), size), arrays, is_plain, int(slots[0]) if is_one else None)
 
 
 def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -162,7 +165,10 @@ def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
     rows, slots = (batch.arrays.get(name, q.device) for name in ("rows", "slots"))
     queries = q if batch.is_plain and len(rows) == len(q) else q.index_select(0, rows)
     queries = queries.unflatten(0, batch.shape).transpose(1, 2)
-    keys, values = (pool.index_select(1, slots).unflatten(1, batch.shape).transpose(0, 1) for pool in (k, v))
+    if batch.first_slot is not None:
+        keys, values = (pool.narrow(1, batch.first_slot, len(slots))[None] for pool in (k, v))
+    else:
+        keys, values = (pool.index_select(1, slots).unflatten(1, batch.shape).transpose(0, 1) for pool in (k, v))
     has_backends = _has_backends(q)
     heads_per_kv = q.shape[1] // k.shape[0]
     if heads_per_kv > 1 and not has_backends:  # the others would hold a number per head, query and key

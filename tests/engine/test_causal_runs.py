@@ -72,11 +72,13 @@ def test_rows_in_order_are_not_gathered(monkeypatch):
     case = prompt((100,), (100,))
     case.qo_rows = torch.arange(200)
     plain = runs_of(case)._arranged(is_padded=False)
-    assert [batch.is_plain for batch in plain] == [True] and plain[0].shape == (2, 100)
+    assert [batch.is_plain for batch in plain] == [True] and plain[0].shape == (2, 100) and plain[0].first_slot is None
     assert not runs_of(case)._arranged(is_padded=True)[0].is_plain  # padding between the samples
     one = prompt((100,))
     one.qo_rows = torch.arange(100)
     assert runs_of(one)._arranged(is_padded=True)[0].is_plain
+    first_slots = [runs_of(one)._arranged(padded)[0].first_slot for padded in (False, True)]
+    assert first_slots == [int(one.key_ranges[0, 0]), None]  # behind the keys lies what must not be read
     for padded in (False, True):
         monkeypatch.setattr(causal_runs, "pads", lambda device, padded=padded: padded)
         for given in (case, one):
