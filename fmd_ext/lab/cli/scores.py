@@ -14,6 +14,12 @@ from fmd_ext.lab.eval.scores import ALL, Evaluation
 from fmd_ext.lab.eval.wording import against, caption_against, caption_score, percent, ratio, reading_lines, short_names
 
 
+def console() -> Console:
+    """For tables on stdout; in a file nothing needs to be squeezed into 80 columns."""
+    found = Console()
+    return found if found.is_terminal else Console(width=180)
+
+
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """All of it; methods by their short names, which the first lines explain."""
     names = short_names(evaluation.methods)
