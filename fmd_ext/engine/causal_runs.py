@@ -27,6 +27,16 @@ LEAST_ROWS_ON_CUDA = 1024
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
+class _Group(NamedTuple):
+    """Queries ``rows`` and the two ranges of slots that they see; see `fmd_ext.ops.branched_prefill`."""
+
+    rows: np.ndarray
+    kv_start: int
+    kv_len: int
+    prefix_start: int
+    prefix_len: int
+
+
 class Run(NamedTuple):
     """One square of causal attention.
 
@@ -74,25 +84,26 @@ class CausalRuns:
         None: some row has no group, some group does not see all of its own keys' rows, or the runs cost too much.
         """
         rows_of = [qo_rows[begin:end] for begin, end in zip(cu_seqlens_q, cu_seqlens_q[1:], strict=False)]
-        groups = [(rows, *map(int, ranges)) for rows, ranges in zip(rows_of, key_ranges, strict=True) if len(rows)]
-        if sum(len(rows) for rows, *_ in groups) != num_rows or not groups:
+        given = [_Group(rows, *ranges) for rows, ranges in zip(rows_of, key_ranges.tolist(), strict=True)]
+        groups = [group for group in given if len(group.rows)]
+        if not groups or sum(len(group.rows) for group in groups) != num_rows:
             return None
-        whole = {(start, size): rows for rows, start, size, _, before in groups if not before and size == len(rows)}
+        whole = {(g.kv_start, g.kv_len): g.rows for g in groups if not g.prefix_len and g.kv_len == len(g.rows)}
         runs: list[Run] = []
         joined = set()  # prefixes whose rows some run computes and gives
-        for rows, start, size, prefix_start, prefix_size in groups:
-            prefix = whole.get((prefix_start, prefix_size))
-            if size != len(rows) or (prefix_size and prefix is None):
+        for group in groups:
+            prefix = group.prefix_start, group.prefix_len
+            if group.kv_len != len(group.rows) or (group.prefix_len and prefix not in whole):
                 return None
-            if prefix is None:
-                runs.append(Run(rows, np.arange(start, start + size), 0))
-                continue
-            slots = np.concatenate([np.arange(a, a + n) for a, n in ((prefix_start, prefix_size), (start, size))])
-            is_given = (prefix_start, prefix_size) in joined
-            joined.add((prefix_start, prefix_size))
-            runs.append(Run(np.concatenate([prefix, rows]), slots, prefix_size if is_given else 0))
+            rows, slots, num_skipped = group.rows, np.arange(group.kv_start, group.kv_start + group.kv_len), 0
+            if group.prefix_len:
+                rows = np.concatenate([whole[prefix], rows])
+                slots = np.concatenate([np.arange(group.prefix_start, group.prefix_start + group.prefix_len), slots])
+                num_skipped = group.prefix_len if prefix in joined else 0
+                joined.add(prefix)
+            runs.append(Run(rows, slots, num_skipped))
         alone = [run for run in runs if (int(run.slots[0]), len(run.slots)) not in joined]
-        pairs = sum(len(rows) * (2 * (size + before) - len(rows) + 1) for rows, _, size, _, before in groups)
+        pairs = sum(len(g.rows) * (2 * (g.prefix_len + g.kv_len) - len(g.rows) + 1) for g in groups)
         if sum(len(run.rows) * (len(run.rows) + 1) for run in alone) > MOST_PAIRS * pairs:
             return None
         return cls(alone, num_rows)

@@ -36,8 +36,9 @@ class LayerPlan:
     def causal_runs(self) -> CausalRuns | None:
         """The same attention as squares of causal attention; None where it is not that."""
         names = ("qo_rows", "cu_seqlens_q", "key_ranges", "slots")
-        *arrays, slots = (self.arrays.view(f"{self.kind}.{name}", self.arrays.host).numpy() for name in names)
-        return CausalRuns.of(*arrays, num_rows=len(slots))
+        host = (self.arrays.view(f"{self.kind}.{name}", self.arrays.host).numpy() for name in names)
+        qo_rows, cu_seqlens_q, key_ranges, slots = host
+        return CausalRuns.of(qo_rows, cu_seqlens_q, key_ranges, len(slots))
 
 
 @dataclasses.dataclass(frozen=True)
