@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +23,34 @@ class PackedArrays:
         for name, array in arrays.items():
             self._places[name] = (size, array.shape)
             size += array.size
-        self.host = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+        self._hold(torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()])))
+
+    def _hold(self, host: torch.Tensor) -> None:
+        self.host = host
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._views: dict[tuple[str, torch.device], torch.Tensor] = {}
 
+    def plus(self, growth: torch.Tensor, constant: Collection[str]) -> PackedArrays:
+        """Arrays of the same shapes: ``growth``, laid out like ``host``, added. It is 0 in the arrays ``constant``,
+        whose views both share."""
+        grown = PackedArrays.__new__(PackedArrays)
+        grown._places = self._places
+        grown._hold(self.host + growth)
+        grown._views |= {key: view for key, view in self._views.items() if key[0] in constant}
+        return grown
+
     def get(self, name: str, device: torch.device) -> torch.Tensor:
-        key = (name, device)
-        if key not in self._views:
+        view = self._views.get((name, device))
+        if view is None:
             if device not in self._buffers:
                 self._buffers[device] = self.host.to(device, non_blocking=True)
-            self._views[key] = self.view(name, self._buffers[device])
-        return self._views[key]
+            view = self._views[name, device] = self.view(name, self._buffers[device])
+        return view
 
     def view(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
         """The array ``name`` in a flat ``buffer`` laid out like this one."""
         start, shape = self._places[name]
-        return buffer[start : start + int(np.prod(shape))].view(shape)
+        return buffer.narrow(0, start, math.prod(shape)).view(shape)
 
     def keep_on(self, device: torch.device) -> torch.Tensor:
         """The buffer on ``device``, a copy of its own that may be changed in place, call after call.
@@ -114,3 +129,45 @@ class Plan:
     def has_masked_rows(self) -> bool:
         """Some away row is a masked audio-visual position, not text."""
         return bool(self.away_modality.any())
+
+
+class TextStep(NamedTuple):
+    """A call that has added one text position to every sample. The plan of a next one follows from its plan.
+
+    Args:
+        plan: of the call.
+        growth: what one more position adds to the plan's numbers; see `growth_of`.
+        room: text positions that fit into every segment behind it.
+    """
+
+    plan: Plan
+    growth: torch.Tensor
+    room: int
+
+    def plan_of_next(self) -> Plan:
+        """The plan of one text position more in every sample, as the planner would make it."""
+        plan = self.plan
+        tensors = plan.tensors.plus(self.growth, CONSTANT)
+        fork, trunk = (dataclasses.replace(part, arrays=tensors) for part in (plan.fork, plan.trunk))
+        return dataclasses.replace(plan, tensors=tensors, fork=fork, trunk=trunk)
+
+    def followed_by(self, plan: Plan) -> TextStep:
+        """The step whose ``plan`` `plan_of_next` has given."""
+        return TextStep(plan, self.growth, self.room - 1)
+
+
+# Arrays of a plan that are the same in the next text step.
+CONSTANT = frozenset(
+    ("positions", "home_rows", "away_rows", "away_modality")
+    + tuple(f"{kind}.{name}" for kind in ("fork", "trunk") for name in ("qo_rows", "cu_seqlens_q"))
+)
+
+
+def growth_of(plan: Plan) -> torch.Tensor:
+    """What a text position more adds to the buffer of ``plan.tensors``, where the plan adds one to every sample: a key
+    in the segment of every row, appended one slot further."""
+    growth = torch.zeros_like(plan.tensors.host)
+    for kind in ("fork", "trunk"):
+        plan.tensors.view(f"{kind}.slots", growth).fill_(1)
+        plan.tensors.view(f"{kind}.key_ranges", growth)[:, 1] = 1
+    return growth
