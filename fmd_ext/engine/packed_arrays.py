@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 import numpy as np
 import torch
 
@@ -18,22 +21,34 @@ class PackedArrays:
         for name, array in arrays.items():
             self._places[name] = (size, array.shape)
             size += array.size
-        self.host = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
+        self._hold(torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()])))
+
+    def _hold(self, host: torch.Tensor) -> None:
+        self.host = host
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._views: dict[tuple[str, torch.device], torch.Tensor] = {}
 
+    def plus(self, growth: torch.Tensor, constant: Collection[str]) -> PackedArrays:
+        """Arrays of the same shapes: ``growth``, laid out like ``host``, added. It is 0 in the arrays ``constant``,
+        whose views both share."""
+        grown = PackedArrays.__new__(PackedArrays)
+        grown._places = self._places
+        grown._hold(self.host + growth)
+        grown._views |= {key: view for key, view in self._views.items() if key[0] in constant}
+        return grown
+
     def get(self, name: str, device: torch.device) -> torch.Tensor:
-        key = (name, device)
-        if key not in self._views:
+        view = self._views.get((name, device))
+        if view is None:
             if device not in self._buffers:
                 self._buffers[device] = self.host.to(device, non_blocking=True)
-            self._views[key] = self.view(name, self._buffers[device])
-        return self._views[key]
+            view = self._views[name, device] = self.view(name, self._buffers[device])
+        return view
 
     def view(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
         """The array ``name`` in a flat ``buffer`` laid out like this one."""
         start, shape = self._places[name]
-        return buffer[start : start + int(np.prod(shape))].view(shape)
+        return buffer.narrow(0, start, math.prod(shape)).view(shape)
 
     def keep_on(self, device: torch.device) -> torch.Tensor:
         """The buffer on ``device``, a copy of its own that may be changed in place, call after call.

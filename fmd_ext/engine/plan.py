@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,3 +88,45 @@ class Plan:
     def has_masked_rows(self) -> bool:
         """Some away row is a masked audio-visual position, not text."""
         return bool(self.away_modality.any())
+
+
+class TextStep(NamedTuple):
+    """A call that has added one text position to every sample. The plan of a next one follows from its plan.
+
+    Args:
+        plan: of the call.
+        growth: what one more position adds to the plan's numbers; see `growth_of`.
+        room: text positions that fit into every segment behind it.
+    """
+
+    plan: Plan
+    growth: torch.Tensor
+    room: int
+
+    def plan_of_next(self) -> Plan:
+        """The plan of one text position more in every sample, as the planner would make it."""
+        plan = self.plan
+        tensors = plan.tensors.plus(self.growth, CONSTANT)
+        fork, trunk = (dataclasses.replace(part, arrays=tensors) for part in (plan.fork, plan.trunk))
+        return dataclasses.replace(plan, tensors=tensors, fork=fork, trunk=trunk)
+
+    def followed_by(self, plan: Plan) -> TextStep:
+        """The step whose ``plan`` `plan_of_next` has given."""
+        return TextStep(plan, self.growth, self.room - 1)
+
+
+# Arrays of a plan that are the same in the next text step.
+CONSTANT = frozenset(
+    ("positions", "home_rows", "away_rows", "away_modality")
+    + tuple(f"{kind}.{name}" for kind in ("fork", "trunk") for name in ("qo_rows", "cu_seqlens_q"))
+)
+
+
+def growth_of(plan: Plan) -> torch.Tensor:
+    """What a text position more adds to the buffer of ``plan.tensors``, where the plan adds one to every sample: a key
+    in the segment of every row, appended one slot further."""
+    growth = torch.zeros_like(plan.tensors.host)
+    for kind in ("fork", "trunk"):
+        plan.tensors.view(f"{kind}.slots", growth).fill_(1)
+        plan.tensors.view(f"{kind}.key_ranges", growth)[:, 1] = 1
+    return growth

@@ -72,35 +72,32 @@ class EntryForward(_Entry):
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
-        with self.session.lock:
-            return self._run(module, args, kwargs, modality_labels, branch_embeds)
-
-    def _run(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], modality_labels: Any, branch_embeds: Any
-    ) -> Any:
         session = self.session
         if not session.config.fork_layers or session.call is not None:  # a static step brings its call
             return self.original(*args, **kwargs)
         refuse_gradients(module)
         call = self.arguments(args, kwargs)
+        past = cached(call)
+        length = _length(call, past)
         with torch.no_grad():
-            prompt = self._prompt(call, modality_labels)
-            if self.asking is not None and not cached(call) and (prompt is None or prompt.routes is None):
+            prompt = self._prompt(call, modality_labels, past, length)
+            if self.asking is not None and not past and (prompt is None or prompt.routes is None):
                 routes = self.routes(call.get("input_ids"), None if prompt is None else prompt.labels)
                 prompt = prompt and prompt.with_routes(routes)
             if self.branch_inputs and branch_embeds is None:
                 call = getattr(module, self.branch_inputs)(session.config.mask_scale, **call)
                 branch_embeds = call.pop("branch_embeds", None)
             if branch_embeds is not None:
-                prompt = (prompt or Prompt(None)).with_branches(branch_embeds, cached(call))
-            with session.receiving(prompt or Prompt(None), _length(call)):
+                prompt = (prompt or Prompt(None)).with_branches(branch_embeds, past)
+            with session.receiving(prompt or Prompt(None), length):
                 return self.original(**call)
 
-    def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
-        """The prompt of a call. Labels given by hand come first, then those of the `generate` call that it belongs to,
-        those of the context, and those read off the call's own ids (or embeddings) and features."""
-        ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
-        given, length = embeds if ids is None else ids, _length(call)
+    def _prompt(self, call: dict[str, Any], modality_labels: Any, past: int, length: int) -> Prompt | None:
+        """The prompt of a call of ``length`` positions, ``past`` cached ones included. Labels given by hand come first,
+        then those of the `generate` call that it belongs to, those of the context, and those read off the call's own
+        ids (or embeddings) and features."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        given = embeds if ids is None else ids
         if modality_labels is not None:
             return Prompt(covering(check_labels(modality_labels), length))
         generating, context = self.session.generating, self.session.labels_of_context
@@ -209,10 +206,10 @@ class EntryGenerate(_Entry):
         return self.routes(ids, labels)
 
 
-def _length(call: dict[str, Any]) -> int:
-    """Positions of a forward call's ids or embeddings, and those that its cache holds."""
+def _length(call: dict[str, Any], past: int) -> int:
+    """Positions of a forward call's ids or embeddings, and the ``past`` ones that its cache holds."""
     given = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
-    return cached(call) + (0 if given is None else given.shape[1])
+    return past + (0 if given is None else given.shape[1])
 
 
 def _shifted(labels: torch.Tensor, past: int) -> np.ndarray:
