@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from fmd_ext import ops
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.compiling import python_only
-from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
+from fmd_ext.engine.packed_arrays import PackedArrays
+from fmd_ext.engine.plan import LayerPlan, Plan
 from fmd_ext.engine.planner import make_plan
 from fmd_ext.engine.prompt import Prompt, modality_bits
 from fmd_ext.engine.routes import Routes

@@ -25,6 +25,7 @@ from fmd_ext.engine.plan import Plan
 from fmd_ext.engine.prompt import UNREAD_BRANCHES, Prompt, check_labels, covering, modality_bits
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import JOINT, PADDING, TEXT
+from fmd_ext.ops import dispatch
 
 ATTENTION_NAME = "fmd_ext"
 
@@ -73,6 +74,10 @@ def branched_attention(
     rows = query[0].transpose(0, 1).to(value.dtype)  # the same dtype, but for rotations under autocast
     if call.observer is not None and call.is_forked(module.layer_idx):
         call.observer.observe(rows, key, scale)
+    if layer.max_qo_len > 1 and dispatch.prefill_path(rows.device, rows.dtype, rows.shape[-1]).name == "sdpa":
+        runs = layer.causal_runs
+        if runs is not None and runs.serves(rows.device):
+            return runs.attend(rows, key, value, scale)[None], None
     qo_rows, key_ranges = layer.get("qo_rows", rows.device), layer.get("key_ranges", rows.device)
     if layer.max_qo_len == 1:
         out, _ = ops.branched_decode(rows, key, value, qo_rows, key_ranges, scale)

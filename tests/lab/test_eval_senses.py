@@ -142,10 +142,24 @@ def test_the_reports_examples_show_what_the_model_was_given(folders):
 
 
 def test_daily_omni_has_its_published_counts(tmp_path):
-    types = BENCHMARKS["daily-omni"].published_groups["type"]
-    rows = [dict(records("daily-omni")[0], Type=kind) for kind, count in types.items() for _ in range(count)]
+    types, durations = (
+        [value for value, count in BENCHMARKS["daily-omni"].published_groups[name].items() for _ in range(count)]
+        for name in ("type", "duration")
+    )
+    rows = [
+        dict(records("daily-omni")[0], Type=kind, video_duration=duration)
+        for kind, duration in zip(types, durations, strict=True)
+    ]
     write_json(tmp_path / "qa.json", rows)
     assert load("daily-omni", tmp_path).count_report() == ["as many questions as published (qa.json)"]
+
+
+@pytest.mark.parametrize("name, given", [("daily-omni", "video"), ("daily-omni-sound", "audio")])
+def test_daily_omni_is_asked_as_its_authors_ask(folders, name, given):
+    lines = load(name, folders[name]).items[0].prompt.splitlines()
+    assert len(lines) == 5 and lines[0].endswith(f"based on the given {given}.")
+    assert lines[2] == "Question: Which sound follows the red car?"
+    assert lines[3] == "Choices: " + str(records("daily-omni")[0]["Choice"])  # as Python writes the published list
 
 
 def test_avhbench_may_ask_each_question_once(tmp_path):

@@ -29,6 +29,7 @@ INTRODUCTION = """
 * `fmd_ext` works on packed rows and slot pools, `eager PyTorch` on the same rows by index arithmetic, masked
   softmax and concatenation. `merged` is attention after the merge. `rope_append_` joins steps that its other
   candidates take singly.
+* `causal runs`: the same by torch's causal attention, gathering included, as `patch` does where that is faster.
 * `SDPA per branch` is one call of `scaled_dot_product_attention` per branch, on inputs gathered beforehand. On a
   GPU its flash and cuDNN backends, compiled FlexAttention, flash-attn and FlashInfer also run.
 * `vanilla` is the unpatched model, `two passes` runs the early layers twice, as the paper does. Models have random
