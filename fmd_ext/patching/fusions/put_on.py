@@ -1,4 +1,6 @@
-"""Puts the fusions on a decoder, each where it computes the same and is not slower, and says where and why not."""
+"""Puts the fusions on a decoder and the encoders before it, each where it computes the same and is not slower, and says
+where and why not.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import torch
 from torch import nn
 
 from fmd_ext.adapters import Adapter
-from fmd_ext.patching.fusions import norms, products, rotary
+from fmd_ext.patching.fusions import norms, products, rotary, windows
 from fmd_ext.patching.installation import Installation
 from fmd_ext.patching.refusals import attention_modules
 
-NAMES = ("rotation", "norms", *products.GROUPS)
+NAMES = ("rotation", "norms", *products.GROUPS, "windows")
 
 # Where products are joined without being asked for. On a CPU they pay little: docs/performance.md, "all fusions".
 JOINED_ON = ("cuda",)
@@ -41,10 +43,13 @@ def none_on(why: str) -> dict[str, Fusion]:
     return dict.fromkeys(NAMES, Fusion(0, why))
 
 
-def put_on(put: Installation, decoder: nn.Module, adapter: Adapter, wanted: bool | None) -> dict[str, Fusion]:
+def put_on(
+    put: Installation, entry: nn.Module, decoder: nn.Module, adapter: Adapter, wanted: bool | None
+) -> dict[str, Fusion]:
     """Puts fusions on; returns by name what was put on.
 
     Args:
+        entry: the module that takes token ids; what is not its decoder's are encoders.
         wanted: True: all that compute the same; None: those of them that are not slower on the decoder's device;
             False: none.
     """
@@ -58,7 +63,13 @@ def put_on(put: Installation, decoder: nn.Module, adapter: Adapter, wanted: bool
         found[name] = _products(put, decoder.layers, members, wanted, seen, said)
     if any(found[name].places for name in products.GROUPS) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # blocks of the weights' former memory
+    found["windows"] = _windows(put, entry, decoder)
     return found
+
+
+def _windows(put: Installation, entry: nn.Module, decoder: nn.Module) -> Fusion:
+    places, reasons = windows.put_on(put, entry, decoder)
+    return Fusion(places, next(iter(reasons), "" if places else "the model has no encoder with windows"))
 
 
 def _rotations(put: Installation, decoder: nn.Module, adapter: Adapter) -> Fusion:
