@@ -24,7 +24,15 @@ FAULTS = {
     "result read before the wait": 9,
     "operand overwritten before the wait": 10,
     "missing barrier of a warpgroup": 11,
+    # Of a kernel whose copies arrive at the mbarrier themselves, and whose reader fences.
+    "missing fence of the reader": 13,
+    "fence of the reader before its wait": 14,
+    "arrival that does not wait for its copies": 15,
+    "arrival issued before its copies": 16,
+    "tracked copy that outlives its thread": 17,
+    "tracked copy into a slot in use": 18,
 }
+RIGHT = {"the copying thread waits and fences": 0, "copies arrive and the reader fences": 12}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,8 +62,9 @@ class TestHostExecution:
         said = calls.start()
         return said.returncode, torch.frombuffer(bytearray(said.stdout) or bytearray(4), dtype=torch.float32)
 
-    def test_right_kernel(self):
-        status, result = self.run(0)
+    @pytest.mark.parametrize("kernel", RIGHT)
+    def test_right_kernel(self, kernel):
+        status, result = self.run(RIGHT[kernel])
         assert status == 0 and torch.equal(result, torch.ones(60 * 32))
 
     @pytest.mark.parametrize("fault", FAULTS)

@@ -34,12 +34,22 @@ struct Lane {
   Awaited awaited;
 };
 
+// The last copy into 16 bytes of shared memory.
+struct Written {
+  int64_t at = 0;
+  int thread = -1;
+};
+
 struct Block {
   const char* name = "";
   int64_t index = 0;
   unsigned char* shared_memory = nullptr;
   int shared_bytes = 0;
   const std::function<void()>* kernel = nullptr;
+  int64_t time = 0;
+  std::vector<Written> written;  // [shared_bytes / 16]
+  std::vector<int> tracking;     // threads with tracked copies, once per arrival
+  int arrived[16] = {};          // [id of a group's barrier]: threads that do not wait there
 };
 
 Settings the_settings;
@@ -98,6 +108,7 @@ Waiting step_warp(int first, std::vector<int>& order, Shuffle& shuffle) {
       fail("lanes of a warp wait at different barriers");
     }
     if (other.waiting == Waiting::kEnded) {
+      if (!other.thread.tracked.empty()) fail("a thread ends with copies under way");
       for (const auto& group : other.thread.groups) {
         if (!group.empty()) fail("a thread ends with copies under way");
       }
@@ -111,8 +122,14 @@ Waiting step_warp(int first, std::vector<int>& order, Shuffle& shuffle) {
 void run_block(int threads) {
   Shuffle shuffle(the_settings.seed, block.index);
   const int num_warps = threads / kWarpSize;
+  block.time = 0;
+  block.written.assign(block.shared_bytes / 16 + 1, Written{});
+  block.tracking.clear();
+  std::fill(std::begin(block.arrived), std::end(block.arrived), 0);
   for (int i = 0; i < threads; ++i) {
-    lanes[i]->thread = Thread{i, {{}}, {}, false};
+    lanes[i]->thread = Thread{};
+    lanes[i]->thread.index = i;
+    lanes[i]->thread.groups.emplace_back();
     lanes[i]->awaited = {};
     lanes[i]->waiting = Waiting::kNot;
     lanes[i]->fiber.start(run_lane, nullptr);
@@ -126,9 +143,17 @@ void run_block(int threads) {
     for (int warp = 0; warp < num_warps; ++warp) {
       if (warps[warp] == Waiting::kForGroup && lanes[warp * kWarpSize]->awaited == awaited) count += kWarpSize;
     }
-    return count == awaited.count;
+    return count + block.arrived[awaited.id] == awaited.count;
+  };
+  // Copies that an mbarrier tracks: in one order of four as late as can be, in the others at any time.
+  const bool late = the_settings.seed % 4 == 0;
+  const auto complete_one = [&] {
+    complete_tracked(lanes[block.tracking[shuffle.below(static_cast<int>(block.tracking.size()))]]->thread);
   };
   for (;;) {
+    if (!late) {
+      for (int count = shuffle.below(64); count > 0 && !block.tracking.empty(); --count) complete_one();
+    }
     ready.clear();
     for (int warp = 0; warp < num_warps; ++warp) {
       const Awaited awaited = lanes[warp * kWarpSize]->awaited;
@@ -138,12 +163,17 @@ void run_block(int threads) {
             warps[other] = Waiting::kNot;
           }
         }
+        block.arrived[awaited.id] = 0;
       }
       if (warps[warp] == Waiting::kForMbarrier &&
           awaited.is_over(static_cast<const uint64_t*>(awaited.barrier), awaited.count)) {
         warps[warp] = Waiting::kNot;
       }
       if (warps[warp] == Waiting::kNot || warps[warp] == Waiting::kForWarp) ready.push_back(warp);
+    }
+    if (ready.empty() && !block.tracking.empty()) {
+      complete_one();
+      continue;
     }
     if (ready.empty()) {
       // All that have not ended stand at the barrier.
@@ -179,10 +209,59 @@ void fail(const char* what) {
   std::abort();
 }
 
-void wait_at_group_barrier(int id, int threads) {
+int64_t tick() { return ++block.time; }
+
+namespace {
+
+void bring(const PendingCopy& copy, int thread) {
+  copy.from == nullptr ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
+  const auto place = static_cast<const unsigned char*>(copy.to) - block.shared_memory;
+  block.written[place / 16] = {tick(), thread};
+}
+
+void check_group(int id, int threads) {
   if (id < 1 || id > 15 || threads < kWarpSize || threads % kWarpSize != 0) {
     fail("group_barrier: accepted are ids 1 to 15 and whole warps");
   }
+}
+
+}  // namespace
+
+void deliver(Thread& thread) {
+  for (const PendingCopy& copy : thread.waited_for) bring(copy, thread.index);
+  thread.waited_for.clear();
+}
+
+void track_copies(uint64_t* barrier, void (*arrive)(uint64_t* barrier)) {
+  Thread& thread = current_thread();
+  TrackedCopies tracked{{}, barrier, arrive};
+  for (auto& group : thread.groups) {
+    tracked.copies.insert(tracked.copies.end(), group.begin(), group.end());
+    group.clear();
+  }
+  thread.tracked.push_back(std::move(tracked));
+  block.tracking.push_back(thread.index);
+}
+
+void complete_tracked(Thread& thread) {
+  for (const PendingCopy& copy : thread.tracked.front().copies) bring(copy, thread.index);
+  thread.tracked.front().arrive(thread.tracked.front().barrier);
+  thread.tracked.pop_front();
+  block.tracking.erase(std::find(block.tracking.begin(), block.tracking.end(), thread.index));
+}
+
+bool is_in_async_proxy(uint64_t place, int64_t fenced_at) {
+  const Written& written = block.written[place / 16];
+  return written.at <= fenced_at || written.at <= lanes[written.thread]->thread.proxy_fenced_at;
+}
+
+void arrive_at_group_barrier(int id, int threads) {
+  check_group(id, threads);
+  if (++block.arrived[id] >= threads) fail("group_barrier_arrive: nobody is left to wait");
+}
+
+void wait_at_group_barrier(int id, int threads) {
+  check_group(id, threads);
   lane->awaited = {nullptr, id, threads, nullptr};
   lane->waiting = Waiting::kForGroup;
   lane->fiber.suspend();

@@ -81,7 +81,8 @@ void run_faulty(int64_t which) {
 constexpr int kSm90Rounds = 6, kSlotElements = 16 * kPanelDims;
 
 // Two warpgroups: one copies 16 rows of 64 numbers, all 2^round, into one of two slots in each round, the other sums
-// them up with wgmma.
+// them up with wgmma. From kTrackedNone on the copies themselves arrive, and the reader fences; before that the copying
+// threads wait, fence and arrive.
 enum Sm90Fault : int64_t {
   kSm90None,
   kNotInitialised,
@@ -95,6 +96,13 @@ enum Sm90Fault : int64_t {
   kReadBeforeWait,
   kTouchedOperand,
   kMissingGroupBarrier,
+  kTrackedNone,
+  kMissingReaderFence,
+  kReaderFenceBeforeWait,
+  kPlainArrival,
+  kArrivalBeforeCopies,
+  kUnfinishedTrackedCopy,
+  kMissingEmptyWaitOfTracked,
   kNumSm90Faults,
 };
 
@@ -112,24 +120,36 @@ faulty_sm90_kernel(const BFloat16* numbers, float* result) {
     }
   }
   block_barrier();
+  constexpr bool kTracked = kFault >= kTrackedNone;
   const int thread = thread_index() % kWarpgroupSize;
   if (thread_index() < kWarpgroupSize) {
     for (int round = 0; round < kSm90Rounds; ++round) {
-      if (kFault != kMissingEmptyWait) mbarrier_wait(&empty[round % 2], (round / 2 + 1) % 2);
+      if (kFault != kMissingEmptyWait && kFault != kMissingEmptyWaitOfTracked) {
+        mbarrier_wait(&empty[round % 2], (round / 2 + 1) % 2);
+      }
+      if (kFault == kArrivalBeforeCopies) copy_async_arrive(&full[round % 2]);
       BFloat16* to = slots + round % 2 * kSlotElements + swizzled<kPanelDims>(thread / 8, thread % 8);
       copy_async_16(to, numbers + round * kSlotElements + thread * kVecElements, true);
+      if (kTracked) {
+        if (kFault == kPlainArrival) mbarrier_arrive(&full[round % 2]);
+        if (kFault != kPlainArrival && kFault != kArrivalBeforeCopies) copy_async_arrive(&full[round % 2]);
+        continue;
+      }
       copy_async_commit();
       if (kFault != kMissingCopyWait) copy_async_wait<0>();
       if (kFault != kMissingProxyFence) async_proxy_fence();
       if (kFault != kMissingArrival || round + 1 < kSm90Rounds) mbarrier_arrive(&full[round % 2]);
     }
-    copy_async_wait<0>();
+    copy_async_commit();
+    if (kFault != kUnfinishedTrackedCopy) copy_async_wait<0>();
     return;
   }
   float d[32] = {}, early = 1.0f;
   for (int round = 0; round < kSm90Rounds; ++round) {
     uint32_t a[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    if (kFault == kReaderFenceBeforeWait) async_proxy_fence();
     if (kFault != kMissingFullWait) mbarrier_wait(&full[round % 2], round / 2 % 2);
+    if (kTracked && kFault != kMissingReaderFence && kFault != kReaderFenceBeforeWait) async_proxy_fence();
     if (kFault != kMissingWgmmaFence) wgmma_fence();
     const SharedAddress slot = shared_address(slots + round % 2 * kSlotElements);
     wgmma_registers<BFloat16, 64>(d, a, matrix_descriptor(slot, 0, kAtomBytes));
