@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cuda/attention_tile.cuh"
+#include "cuda/device/grid.h"
 #include "cuda/device/sm90.h"
 #include "cuda_host/driver.h"
 
@@ -188,6 +189,44 @@ void run_faulty_sm90(int64_t which) {
   }
 }
 
+// Two kernels: four blocks that each write a number, and four behind them that each add all numbers up.
+enum GridFault : int64_t { kGridNone, kMissingKernelWait, kReadBeforeKernelWait, kWaitOfSomeThreads, kNothingAllowed };
+
+template <int64_t kFault>
+FMD_KERNEL(kWarpSize, 1)
+ahead_kernel(float* numbers) {
+  if (kFault != kNothingAllowed) allow_blocks_behind();
+  if (thread_index() == 0) numbers[block_index()] = 0.25f;
+}
+
+template <int64_t kFault>
+FMD_KERNEL(2 * kWarpSize, 1)
+behind_kernel(const float* numbers, float* result) {
+  const float early = numbers[block_index()];
+  if (kFault != kMissingKernelWait && (kFault != kWaitOfSomeThreads || thread_index() < kWarpSize)) {
+    wait_for_kernel_ahead();
+  }
+  float sum = kFault == kReadBeforeKernelWait ? early - 0.25f : 0.0f;
+  for (int i = 0; i < 4; ++i) sum += numbers[i];
+  if (thread_index() < 8) result[block_index() * 8 + thread_index()] = sum;
+  if (kFault == kWaitOfSomeThreads) block_barrier();
+}
+
+template <int64_t kFault>
+void run_faulty_grids(int64_t which) {
+  if constexpr (kFault <= kNothingAllowed) {
+    if (which != kFault) return run_faulty_grids<kFault + 1>(which);
+    const Array numbers(4 * sizeof(float)), result(32 * sizeof(float));
+    for (int i = 0; i < 4; ++i) numbers.at<float>()[i] = -1.0f;
+    launch_ahead("ahead", ahead_kernel<kFault>, 4, kWarpSize, 0, nullptr, numbers.at<float>());
+    launch_behind("behind", behind_kernel<kFault>, 4, 2 * kWarpSize, 0, nullptr, numbers.at<const float>(),
+                  result.at<float>());
+    result.write();
+  } else {
+    throw std::runtime_error("driver: unknown fault");
+  }
+}
+
 // One instruction on given registers and a given image of shared memory: what every lane holds afterwards.
 enum Instruction : int64_t { kLoad, kLoadTransposed, kMultiply, kShared128, kRegisters64, kRegisters128 };
 
@@ -258,6 +297,8 @@ fragment_kernel(const FragmentParams params) {
 void faulty(int64_t which) { run_faulty<0>(which); }
 
 void faulty_sm90(int64_t which) { run_faulty_sm90<0>(which); }
+
+void faulty_grids(int64_t which) { run_faulty_grids<0>(which); }
 
 void fragments(int64_t which) {
   FragmentParams params{};
