@@ -31,6 +31,8 @@ LEAST_CAPABILITY = (8, 0)
 TESTED_CAPABILITIES = {(9, 0)}
 CHOICES = ("auto", "kernel", "torch")
 _VARIABLE = "FMD_EXT_OPS"
+SPLITS = ("auto", "fixed")
+_SPLIT_VARIABLE = "FMD_EXT_DECODE_SPLIT"
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def of_decoder(decoder: nn.Module) -> Path:
 _found: dict[tuple, Path] = {}
 _warned: set[str] = set()
 _choice = "auto"
+_split = "auto"
 
 
 def select(name: str) -> None:
@@ -149,6 +152,25 @@ def selected(name: str) -> Iterator[None]:
         yield
     finally:
         select(before)
+
+
+def select_split(name: str) -> None:
+    """How `branched_decode` splits keys on CUDA: "fixed", so that a sample's result does not depend on what else is in
+    the call, or "auto", which uses the device best. The environment variable `FMD_EXT_DECODE_SPLIT` chooses when
+    fmd_ext is imported. A captured graph keeps the split that held when it was captured.
+
+    Raises:
+        ValueError: unknown.
+    """
+    global _split
+    if name not in SPLITS:
+        raise ValueError(f"unknown split of decoding {name!r}; accepted: {', '.join(SPLITS)}")
+    _split = name
+
+
+def splits_are_fixed() -> bool:
+    """Whether `select_split("fixed")` holds, or torch was asked for deterministic algorithms."""
+    return _split == "fixed" or torch.are_deterministic_algorithms_enabled()
 
 
 def _find(device: torch.device, dtype: torch.dtype, head_dim: int | None, attention: bool) -> Path:
@@ -213,3 +235,7 @@ try:
     select(os.environ.get(_VARIABLE) or "auto")
 except ValueError as error:
     raise ValueError(f"environment variable {_VARIABLE}: {error}") from None
+try:
+    select_split(os.environ.get(_SPLIT_VARIABLE) or "auto")
+except ValueError as error:
+    raise ValueError(f"environment variable {_SPLIT_VARIABLE}: {error}") from None

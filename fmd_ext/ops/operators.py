@@ -169,16 +169,20 @@ def branched_decode(
     key_ranges: Tensor,
     softmax_scale: float,
     return_lse: bool = False,
+    fixed_split: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`branched_prefill` where every group has one query, which sees all its keys; faster for that case.
 
     Groups of one sample stand side by side with equal `prefix_start` and `prefix_len`, so that their prefix is read
-    once for all of them. Long key ranges are split among threads and combined by their log-sum-exp; the split depends
-    on lengths only, so the result does not depend on the number of threads.
+    once for all of them. Long key ranges are split among threads and combined by their log-sum-exp. On the CPU the
+    split depends on a sample's own lengths only; on CUDA also on what else is in the call, and on the device, unless it
+    is fixed: then a sample's result is the same bits whatever its neighbours are.
 
     Args:
         q, k, v, key_ranges, softmax_scale, return_lse: as in `branched_prefill`.
         qo_rows: int64 `[num_groups]`, the row of each group's query.
+        fixed_split: None: as `fmd_ext.ops.dispatch.splits_are_fixed()` says, which honours
+            `torch.use_deterministic_algorithms`.
 
     Returns:
         out and lse, as `branched_prefill`.
@@ -188,8 +192,10 @@ def branched_decode(
         RuntimeError: a gradient would be needed.
     """
     _refuse_gradients("branched_decode", q, k, v)
-    run = torch_path.branched_decode if _on_torch(q, attention=True) else _decode
-    return run(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse)
+    if _on_torch(q, attention=True):  # a group after the other: nothing is split
+        return torch_path.branched_decode(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse)
+    fixed = dispatch.splits_are_fixed() if fixed_split is None else fixed_split
+    return _decode(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse, fixed)
 
 
 def merge_(hidden: Tensor, home_rows: Tensor, away_rows: Tensor, weights: Tensor) -> None:
@@ -244,7 +250,7 @@ def _branched_prefill_fake(q, k, v, qo_rows, cu_seqlens_q, key_ranges, max_qo_le
 
 
 @_fake("fmd_ext::branched_decode")
-def _branched_decode_fake(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse):
+def _branched_decode_fake(q, k, v, qo_rows, key_ranges, softmax_scale, return_lse, fixed_split):
     return _attention_outputs(q, return_lse)
 
 

@@ -103,6 +103,6 @@ def test_a_library_of_other_sources_is_named(monkeypatch):
 
 @pytest.mark.skipif(library.load()["cuda"].loaded, reason="the CUDA library is loaded: there is a kernel to choose")
 def test_no_cuda_kernel_to_choose():
-    assert library.cuda_prefill() is None
+    assert library.cuda_kernel("branched_prefill", (9, 0)) is None and library.cuda_kernels() == []
     with pytest.raises(RuntimeError, match="there is no CUDA kernel to choose: (this installation|torch)"):
-        library.select_cuda_prefill("sm90")
+        library.select_cuda_kernel("branched_prefill", "sm90")

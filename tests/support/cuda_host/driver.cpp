@@ -13,6 +13,7 @@
 #include <exception>
 #include <memory>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/device/intrinsics.h"
 #include "fmd/append.h"
@@ -46,6 +47,13 @@ class FarHeads {
   size_t bytes_;
   void* data_;
 };
+
+// Makes an op run the kernel whose name comes next.
+void select(const char* op) {
+  const Array letters = Array::read();
+  const std::string name(letters.at<const char>(), static_cast<size_t>(letters.bytes()));
+  if (const char* reason = fmd_ext_select_cuda_kernel(op, name.c_str())) throw std::runtime_error(reason);
+}
 
 void attention(bool decode) {
   fmd::BranchedAttentionParams p{};
@@ -89,14 +97,14 @@ void attention(bool decode) {
     p.v = far_v->data();
     p.k_stride_head = p.v_stride_head = distance;
   }
-  const int64_t kernel = number();  // 80 or 90; negative: on a device of the other kind
-  fmd_ext_select_cuda_prefill(kernel == 80 ? "sm80" : "sm90");
-  fmd::cuda::host::settings().compute_capability = kernel < 0 ? 80 : 90;
+  select(decode ? "branched_decode" : "branched_prefill");
+  fmd::cuda::host::settings().compute_capability = static_cast<int>(number());
+  const bool fixed_split = number() != 0;
   if (decode) {
-    const int64_t bytes = fmd::branched_decode_workspace_cuda(p);
+    const int64_t bytes = fmd::branched_decode_workspace_cuda(p, fixed_split);
     const Array workspace(bytes);
     std::memset(workspace.at<void>(), 0xff, static_cast<size_t>(bytes));
-    fmd::launch_branched_decode_cuda(p, workspace.at<void>(), nullptr);
+    fmd::launch_branched_decode_cuda(p, fixed_split, workspace.at<void>(), nullptr);
   } else {
     fmd::launch_branched_prefill_cuda(p, nullptr);
   }
@@ -105,6 +113,7 @@ void attention(bool decode) {
 }
 
 void append(bool rope) {
+  select(rope ? "rope_append_" : "append_");
   fmd::RopeAppendParams r{};
   fmd::AppendParams& p = r.append;
   p.dtype = static_cast<fmd::DType>(number());
@@ -205,6 +214,9 @@ int main() try {
         break;
       case 7:
         fragments(number());
+        break;
+      case 8:
+        faulty_grids(number());
         break;
       default:
         throw std::runtime_error("driver: unknown call");
