@@ -9,15 +9,15 @@ from .torchvision_mend import mend_when_torchvision_is_imported
 
 if TYPE_CHECKING:
     from .config import FMDConfig
-    from .patching import Handle, handle_of, patch, unpatch
+    from .patching import Handle, ModalityQuestion, Router, Routes, handle_of, patch, unpatch
 
 mend_when_torchvision_is_imported()  # transformers' models do
 
-__all__ = ["FMDConfig", "Handle", "handle_of", "patch", "unpatch"]
+__all__ = ["FMDConfig", "Handle", "ModalityQuestion", "Router", "Routes", "handle_of", "patch", "unpatch"]
 __version__ = "0.1.0"
 
 # Imported when first used: `fmd-ext doctor` must be able to say why the op library does not load.
-_HOMES = {"FMDConfig": "config", **dict.fromkeys(("Handle", "handle_of", "patch", "unpatch"), "patching")}
+_HOMES = {name: "config" if name == "FMDConfig" else "patching" for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 MODALITIES = ("visual", "audio")
 MASKINGS = ("zero", "attention")
@@ -35,6 +35,10 @@ class FMDConfig:
             ``"auto"`` (ours): each sample chooses, for each modality, from its prompt's own attention.
         text_weight: weight in [0, 1] of the visual branch at text positions and at joint ones (which mix both
             modalities: channel-wise fusion), default 0.5 (a plain average).
+            ``"auto"`` (ours): before its prompt, each sample has the model asked which modality its question needs,
+            and that modality's branch alone counts; a sample that needs both does not fork. ``{"visual": w, "audio":
+            w}``: the same with these weights for a question that needs the one or the other; "auto" is 1 and 0. 0.5
+            for a call without a question to ask about.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is accepted.
@@ -44,22 +48,23 @@ class FMDConfig:
     masking: str | None = None
     mask_scale: float | None = None
     alpha: float | str | Mapping[str, float] | None = None
-    text_weight: float | None = None
+    text_weight: float | str | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.fork_layers is not None and self.fork_layers != AUTO:
             object.__setattr__(self, "fork_layers", _layer_count(self.fork_layers))
         if self.masking is not None and self.masking not in MASKINGS:
             raise ValueError(f"masking must be one of {', '.join(map(repr, MASKINGS))}, got {self.masking!r}")
-        for name in ("mask_scale", "text_weight"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _unit_interval(name, getattr(self, name)))
-        if isinstance(self.alpha, Mapping):
-            if set(self.alpha) != set(MODALITIES):
-                raise ValueError(f"alpha must have exactly the keys {list(MODALITIES)}, got {sorted(self.alpha)}")
-            object.__setattr__(self, "alpha", {m: _unit_interval(f"alpha[{m!r}]", self.alpha[m]) for m in MODALITIES})
-        elif self.alpha is not None and self.alpha != AUTO:
-            object.__setattr__(self, "alpha", _unit_interval("alpha", self.alpha))
+        if self.mask_scale is not None:
+            object.__setattr__(self, "mask_scale", _unit_interval("mask_scale", self.mask_scale))
+        for name in ("alpha", "text_weight"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                if set(value) != set(MODALITIES):
+                    raise ValueError(f"{name} must have exactly the keys {list(MODALITIES)}, got {sorted(value)}")
+                object.__setattr__(self, name, {m: _unit_interval(f"{name}[{m!r}]", value[m]) for m in MODALITIES})
+            elif value is not None and value != AUTO:
+                object.__setattr__(self, name, _unit_interval(name, value))
         if self.masking == "attention" and self.mask_scale:
             raise ValueError(
                 f"mask_scale={self.mask_scale} has no meaning with masking='attention' (masked positions are absent); "
@@ -117,16 +122,23 @@ class FMDConfig:
         return FMDConfig(**values)
 
     @property
+    def asks(self) -> bool:
+        """Whether the weight at text positions is left to what each question needs."""
+        return self.text_weight == AUTO or isinstance(self.text_weight, Mapping)
+
+    @property
     def merge_weights(self) -> tuple[float, float, float, float]:
         """Home row weights (text, visual, audio, joint) in the merge; the config must be resolved.
 
-        Those of an alpha that samples choose for themselves are nan.
+        Those of an alpha that samples choose for themselves are nan. A text weight that they choose for themselves is
+        0.5 here, which is what a sample gets whose question is not known.
         """
+        text = 0.5 if self.asks else cast(float, self.text_weight)
         if self.alpha == AUTO:
-            return (self.text_weight, math.nan, math.nan, self.text_weight)
+            return (text, math.nan, math.nan, text)
         alpha: Mapping[str, Any]
         alpha = self.alpha if isinstance(self.alpha, Mapping) else dict.fromkeys(MODALITIES, self.alpha)
-        return (self.text_weight, alpha["visual"], alpha["audio"], self.text_weight)
+        return (text, alpha["visual"], alpha["audio"], text)
 
 
 def _layer_count(value: Any) -> int:
@@ -147,7 +159,7 @@ def _unit_interval(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        or_auto = " or 'auto'" if name == "alpha" else ""
+        or_auto = " or 'auto'" if name in ("alpha", "text_weight") else ""
         raise TypeError(f"{name} must be a number in [0, 1]{or_auto}, got {value!r}") from None
     if math.isnan(number) or not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {number}")

@@ -62,7 +62,8 @@ def _lines(name: str, value: Any) -> list[str]:
         return [f"{name}({value.__base__.__name__})"]
     if inspect.isclass(value):
         fields = {field.name for field in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
-        made = [name + _signature(value).removesuffix(" -> None")] if fields else []
+        is_made = bool(fields) or value is fmd_ext.Router
+        made = [name + _signature(value).removesuffix(" -> None")] if is_made else []
         return made + _members(value, fields)
     return [name + _signature(value)] if callable(value) else [f"{name} = {value!r}"]
 

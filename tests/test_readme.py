@@ -15,6 +15,9 @@ from fmd_ext.lab.tiny import save_random_model, write_clip
 from paths import ROOT
 
 README = (ROOT / "README.md").read_text()
+GENERATED = ("evidence.md", "performance.md")  # pages of scripts, whose headings follow the data
+MOST_WORDS = 6200  # of prose in docs/
+MOST_WORDS_OF_README = 480
 
 
 def test_the_ten_line_example_runs(tmp_path, capsys):
@@ -38,9 +41,38 @@ def test_commands_exist(command):
 @pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
-    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if not t.startswith("https://")]
-    missing = [t for t in targets if not ((ROOT / page).parent / t).exists()]
-    assert missing == []
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
+        if target.startswith("https://"):
+            continue
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor and file.name not in GENERATED:
+            assert anchor in anchors(file.read_text()), f"{target}#{anchor}"
+
+
+def anchors(text):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"(?m)^#+ (.*)$", text)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_prose_stays_short():
+    """Half of what it once was. Tables and code are not counted."""
+    words = {path.name: len(prose(path.read_text()).split()) for path in (ROOT / "docs").glob("*.md")}
+    assert len(words) > 8 and min(words.values()) > 100, words
+    assert sum(words.values()) <= MOST_WORDS, words
+    assert len(prose(README).split()) <= MOST_WORDS_OF_README
+
+
+def prose(text):
+    """A page without comments, code blocks and tables."""
+    text = re.sub(r"(?s)<!--.*?-->", "", text)
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", text)
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("|"))
+
+
+def test_prose_is_what_stands_outside_tables_and_code():
+    assert prose("a b\n```sh\nc d\n```\n| e | f |\n<!-- g\nh -->i").split() == ["a", "b", "i"]
 
 
 def documented_commands():

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "engine": {"", "ops"},
     "decode": {"", "ops", "engine"},
     "adapters": {""},
-    "patching": {"", "ops", "engine", "decode", "adapters"},
+    "patching": {"", "ops", "engine", "decode", "adapters", "inputs"},
     "inputs": {""},
     "models": {"", "adapters", "inputs"},
     "serve": {"", "ops", "engine", "adapters", "inputs", "models"},

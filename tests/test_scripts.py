@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from fmd_ext.lab.bench.__main__ import OPS
 from paths import ROOT
 
 TALKATIVE = """#!/bin/sh
@@ -41,3 +43,9 @@ def test_what_pip_says_is_shown_only_where_it_fails(tmp_path, status):
     else:
         assert done.returncode == 0 and talk == [] and len(done.stdout.splitlines()) < 10
         assert f"the command line is {tmp_path}/bin/fmd-ext" in done.stdout
+
+
+def test_the_gpu_script_measures_all_that_there_is():
+    """`fmd_ext.lab.bench --only` takes these names and no other."""
+    parts = re.findall(r"(?m)^bench \w+ \d+ (.+)$", (ROOT / "scripts" / "gpu").read_text())
+    assert sorted(" ".join(parts).split()) == sorted(OPS)

@@ -111,14 +111,14 @@ class FiniteLogits(LogitsProcessor):
 
 
 @contextlib.contextmanager
-def patched(loaded: LoadedModel, config: FMDConfig) -> Iterator[FMDConfig]:
-    """Fork-merge decoding within this context; gives the settings in force. The model's own fill what is not given."""
+def patched(loaded: LoadedModel, config: FMDConfig) -> Iterator[fmd_ext.Handle]:
+    """Fork-merge decoding within this context; gives the handle. The model's own fill what is not given."""
     fields = [field.name for field in dataclasses.fields(config) if getattr(config, field.name) is None]
     with blaming_input(ValueError, TypeError):
         filled = config.replace(**{name: getattr(loaded.settings, name) for name in fields})
-        handle = fmd_ext.patch(loaded.model, filled)
+        handle = fmd_ext.patch(loaded.model, filled, processor=loaded.processor)
     try:
-        yield handle.config
+        yield handle
     finally:
         fmd_ext.unpatch(loaded.model)
 

@@ -43,11 +43,14 @@ def run(args: argparse.Namespace) -> int:
     answers: dict[str, Answer] = {}
     if args.compare:
         answers["vanilla"] = generate(loaded, inputs, args.max_new_tokens)
-    with patched(loaded, config) as settings:
+    with patched(loaded, config) as handle:
+        settings = handle.config
         if not settings.fork_layers:
             show.note("nothing is forked with --fork-layers 0: the answer is the model's own")
         stream_to = None if args.compare else sys.stdout
         answers["fork-merge decoding"] = generate(loaded, inputs, args.max_new_tokens, stream_to=stream_to)
+        if found := show.route(handle.last_routes, settings):
+            show.note(found)
     if args.compare:
         console = Console()
         num_layers = loaded.model.config.get_text_config().num_hidden_layers

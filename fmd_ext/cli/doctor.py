@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,7 @@ def _build(report: dict[str, Any]) -> dict[str, Any] | None:
     try:
         from fmd_ext import _core
     except ImportError as error:
-        facts = _uncompiled()
-        if facts is None:
-            report["problems"].append(f"the planner module fmd_ext._core cannot be imported: {_one_line(error)}")
-        else:
-            advice = "; with one, pip install --force-reinstall --no-deps --no-cache-dir compiles"
-            report["warnings"].append(
-                f"nothing is compiled in this installation, torch's own attention serves: {facts['reason']}"
-                + (advice if "no C++ compiler" in facts["reason"] else "")
-            )
-        return facts
+        return _uncompiled(report, error)
     facts = {"compiled": True, **_core.build_info()}
     if facts["version"] != fmd_ext.__version__:
         report["warnings"].append(
@@ -130,10 +122,21 @@ def _build(report: dict[str, Any]) -> dict[str, Any] | None:
     return facts
 
 
-def _uncompiled() -> dict[str, Any] | None:
-    """What a build without compiled parts has left in the package: ``{"compiled": False, "reason": ...}``."""
-    path = Path(fmd_ext.__file__).parent / "_build_info.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+def _uncompiled(report: dict[str, Any], error: ImportError) -> dict[str, Any] | None:
+    """The facts of a build without compiled parts: all is well, and slower. None where such parts should be there."""
+    from fmd_ext.ops import library
+
+    try:
+        reason = library.why_not_compiled()
+    except ImportError as damaged:
+        report["problems"].append(_one_line(damaged))
+        return None
+    if not reason:
+        report["problems"].append(f"the planner module fmd_ext._core cannot be imported: {_one_line(error)}")
+        return None
+    advice = "; with one, pip install --force-reinstall --no-deps --no-cache-dir compiles"
+    report["warnings"].append(reason + (advice if "no C++ compiler" in reason else ""))
+    return {"compiled": False, "reason": reason}
 
 
 def _misfits(facts: dict[str, Any], installed: str, installed_cuda: str | None) -> list[str]:
@@ -271,6 +274,8 @@ def _print(report: dict[str, Any]) -> None:
     section("ops", [(f"{op['op']} ({op['device']})", _op_line(op)) for op in report["ops"]])
     calls = [(f"{call['masking']} masking ({call['device']})", _call_line(call)) for call in report["forked_calls"]]
     section("forked calls", calls or [("not tried", "see the problems below")])
+    fusions = {(name, call["device"]): told for call in report["forked_calls"] for name, told in _fusions(call)}
+    section("fusions, in that model", [(f"{name} ({device})", told) for (name, device), told in fusions.items()])
     runner = report["decode_runner"]
     section("decode runner", [("by default", f"{'on' if runner['on_by_default'] else 'off'}: {runner['why']}")])
     section("serving", [("vLLM", environment.in_words(report["serving"]))])
@@ -300,6 +305,10 @@ def _call_line(call: dict[str, Any]) -> str:
         f"rounding, forking changes {call['effect']:.1e}); {len(call['shortfalls'])} greedy tokens "
         f"{'as' if call['is_right'] else 'NOT as'} the reference's"
     )
+
+
+def _fusions(call: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    return call.get("fusions", {}).items()
 
 
 def _plain(value: Any) -> str:

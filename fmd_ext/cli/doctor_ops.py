@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fmd_ext.ops import dispatch, library, selftest
+from fmd_ext.ops.registration import operators
 
 
 def examine(problems: list[str]) -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def examine(problems: list[str]) -> list[dict[str, Any]]:
     """
     ops = []
     for device, paths in _paths().items():
-        for name in selftest.CHECKS:
+        for name in operators():
             path, why, dtypes = paths[name]
             entry: dict[str, Any] = {"op": name, "device": device, "path": path, "why": why}
             if path is not None:
@@ -41,13 +42,12 @@ def _paths() -> dict[str, dict[str, tuple[str | None, str, tuple[torch.dtype, ..
         if not is_there:
             if device == "cuda":
                 reason = library.load()["cuda"].reason or "torch sees no CUDA device"
-                paths[device] = {name: (None, reason, ()) for name in selftest.CHECKS}
+                paths[device] = {name: (None, reason, ()) for name in operators()}
             continue
         paths[device] = {}
-        for name in selftest.CHECKS:
-            attention = name.startswith("branched_")
+        for name, op in operators().items():
             dtypes = selftest.dtypes_of(name, device)
-            found = dispatch.find(torch.empty(0, device=device).device, dtypes[0], 64, attention)
+            found = dispatch.find(torch.empty(0, device=device).device, dtypes[0], 64, op.attention)
             if found.name == "torch":
                 paths[device][name] = ("torch's own operations", found.why, (torch.float32, torch.float16))
             else:

@@ -31,8 +31,9 @@ def _needed(args: argparse.Namespace) -> dict[str, str]:
         needed["scipy"] = f"fmd-ext {args.command}"
     if args.command == "curves":
         needed["matplotlib"] = "fmd-ext curves"
-    if getattr(args, "plots", None) is not None:
-        needed["matplotlib"] = "--plots"
+    for option in ("plots", "picture"):
+        if getattr(args, option, None) is not None:
+            needed["matplotlib"] = f"--{option}"
     if uses_built_in_model(args) or args.command == "demo":
         needed["torchvision"] = "the built-in model's video processor, which is transformers',"
     return needed

@@ -11,8 +11,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fmd_ext
-from fmd_ext.adapters import AUDIO, TEXT, VISUAL
 from fmd_ext.engine.reference import reference_hidden
+from fmd_ext.labels import AUDIO, TEXT, VISUAL
 
 LABELS = torch.tensor([[TEXT] * 3 + [VISUAL] * 6 + [AUDIO] * 5 + [TEXT] * 4])  # [1, length]
 NUM_TOKENS = 2
@@ -29,12 +29,14 @@ class ForkedCall:
         effect: largest absolute difference between the exact logits and the unpatched model's: what forking changes.
         shortfalls: for each greedy token of ``generate``, by how much its exact logit, of two plain passes in float64
             over all before it, is less than the largest one: 0, or what rounding may exchange.
+        fusions: `Handle.fusions`, in words.
     """
 
     error: float
     allowed: float
     effect: float
     shortfalls: list[float]
+    fusions: dict[str, str]
 
     @property
     def is_right(self) -> bool:
@@ -68,6 +70,7 @@ def forked_call(masking: str, device: torch.device, dtype: torch.dtype) -> Forke
     labels = LABELS.to(device)
     with fmd_ext.patch(model, adapter="text", fork_layers=2, masking=masking, alpha=0.7, text_weight=0.4) as handle:
         config = handle.config
+        fusions = {name: str(fusion) for name, fusion in handle.fusions.items()}
         ours = model(inputs_embeds=embeds, modality_labels=labels).logits
         # Without an end-of-sequence token, which would end the answer early.
         tokens = model.generate(
@@ -96,6 +99,7 @@ def forked_call(masking: str, device: torch.device, dtype: torch.dtype) -> Forke
         allowed=float(2 * (plain - first).abs().max() + 8 * spacing),
         effect=float((unpatched - first).abs().max()),
         shortfalls=shortfalls,
+        fusions=fusions,
     )
 
 

@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="show the method on the small built-in model, about clips it never saw")
     demo.add_argument("--question", help="what to ask about the clips instead of what misleads")
+    demo.add_argument("--picture", metavar="FILE", help="draw the bundled clip and its answers there (png, svg or pdf)")
     demo.add_argument("--seed", type=_seed, help="of the clip made on the spot (a new one every time)")
     _add_method(demo)
     _add_generation(demo, max_new_tokens=32)
@@ -131,7 +132,7 @@ def _add_eval(commands: Any) -> None:
     parser = commands.add_parser("eval", help="evaluate decoding methods on a benchmark")
     what = parser.add_argument_group("what to ask")
     what.add_argument("--list", action="store_true", help="list benchmarks and methods, and stop")
-    what.add_argument("--benchmark", metavar="NAME", help="avhbench, music-avqa, avqa, video-mme or worldsense")
+    what.add_argument("--benchmark", metavar="NAME", help="such as avhbench; --list names all")
     what.add_argument("--data", metavar="FOLDER", help="with the published files and the videos")
     what.add_argument("--questions", metavar="FILE", help="the question file, where it has another name")
     what.add_argument("--check", action="store_true", help="say what is missing or cannot be opened, and stop")
@@ -273,8 +274,14 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--masking", choices=("zero", "attention"), help="how a branch loses the other modality")
     group.add_argument("--mask-scale", type=_number, metavar="S", help="factor on masked embeddings (zero masking)")
-    group.add_argument("--alpha", type=_alpha, metavar="A", help="merge weight: a number, visual=A,audio=B, or auto")
-    group.add_argument("--text-weight", type=_number, metavar="W", help="weight of the visual branch at text positions")
+    group.add_argument("--alpha", type=_weight, metavar="A", help="merge weight: a number, visual=A,audio=B, or auto")
+    group.add_argument(
+        "--text-weight",
+        type=_weight,
+        metavar="W",
+        help="weight of the visual branch at text positions: a number; auto, by what the question needs; or "
+        "visual=W,audio=W for questions that need the one or the other",
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -371,7 +378,7 @@ def _layers(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"a whole number or auto, got {text!r}") from None
 
 
-def _alpha(text: str) -> float | str | dict[str, float]:
+def _weight(text: str) -> float | str | dict[str, float]:
     try:
         if text == "auto":
             return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from fmd_ext.cli.answer import Answer
 from fmd_ext.config import AUTO, FMDConfig
+from fmd_ext.engine.routes import NEEDS, Routes
 from fmd_ext.inputs.media import Clip
 
 
@@ -42,7 +44,19 @@ def describe(config: FMDConfig, num_layers: int) -> str:
     parts = [f"{depth} of {num_layers} layers forked", f"masking {config.masking}"]
     if config.masking == "zero":
         parts += [f"mask scale {config.mask_scale:g}", f"alpha {_weights(config.alpha)}"]
-    return ", ".join([*parts, f"text weight {config.text_weight:g}"])
+    weight = _weights(config.text_weight)
+    if config.asks:
+        weight = "by the question" + ("" if weight == AUTO else f" ({weight})")
+    return ", ".join([*parts, f"text weight {weight}"])
+
+
+def route(routes: Routes | None, config: FMDConfig) -> str:
+    """What the first prompt's question was found to need, in one line; "" where nothing was asked."""
+    if routes is None or routes.questions[0] is None:
+        return ""
+    likely = ", ".join(f"{need} {value:.0%}" for need, value in zip(NEEDS, routes.probabilities[0], strict=True))
+    then = f"text weight {routes.text_weights(config)[0]:.2f}" if routes.forks[0] else "both: nothing is forked"
+    return f"the question needs: {likely}; {then}"
 
 
 def side_by_side(console: Console, answers: dict[str, Answer]) -> None:
@@ -55,10 +69,10 @@ def side_by_side(console: Console, answers: dict[str, Answer]) -> None:
 
 
 def answers(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Several questions, one row each."""
-    table = Table()
-    for title in titles:
-        table.add_column(title, overflow="fold")
+    """Several questions, one row each; the first column gets twice the room of the others."""
+    table = Table(width=min(console.width, 120))
+    for index, title in enumerate(titles):
+        table.add_column(title, overflow="fold", ratio=1 if index else 2)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -77,7 +91,7 @@ def timings(console: Console, answers: dict[str, Answer], how: str) -> None:
     console.print(table)
 
 
-def _weights(alpha: float | str | dict[str, float]) -> str:
+def _weights(alpha: Any) -> str:
     if alpha == AUTO:
         return alpha
     return f"{alpha:g}" if isinstance(alpha, float) else ", ".join(f"{name} {value:g}" for name, value in alpha.items())

@@ -22,6 +22,8 @@ from fmd_ext.config import MASKINGS, FMDConfig
 from fmd_ext.engine.reference import reference_generate, reference_logits
 from fmd_ext.inputs.media import Clip, check_clip
 from fmd_ext.inputs.sample_clip import write_clip
+from fmd_ext.patching import handle_of
+from fmd_ext.patching.fusions.put_on import Fusion
 
 # Root mean square of the difference from two plain passes, over that of the logits: what rounding may make of it.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -42,11 +44,13 @@ class Comparison:
         error: root mean square of patched minus two plain passes, over that of the logits.
         effect: the same of two plain passes minus the unpatched model: what forking changes at all.
         same_tokens: tokens that patched decoding from the cache and full recompute have in common from the start.
+        fusions: of the patched model, see `Handle.fusions`.
     """
 
     error: float
     effect: float
     same_tokens: int
+    fusions: dict[str, Fusion]
 
     def verdict(self, tolerance: float, num_tokens: int) -> str:
         close = self.error <= min(tolerance, self.effect / 2)
@@ -96,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     Console().print(table)
     print(f"error, effect: root mean square over that of the logits. equal: error at most {tolerance:.2g}, and at")
     print("most half the effect; in float32 also the same greedy tokens, from the cache and by full recompute.")
+    for name, fusion in found.fusions.items():
+        print(f"fusion {name}: {fusion}")
     if tolerance == SPREADS * spread:
         print(
             f"The unpatched model itself differs by {spread:.1e} when the prompt shares a batch with another, as where"
@@ -126,18 +132,23 @@ def compare(
     # Plain greedy decoding, whatever the model's own generation settings say.
     options = {"do_sample": False, "repetition_penalty": 1.0, "suppress_tokens": None, "eos_token_id": None}
     with torch.no_grad():
-        with patched(loaded, config) as settings:
+        with patched(loaded, config) as handle:
+            settings = handle.config
             ours = model(**inputs).logits.float()
+            fusions = handle_of(model).fusions
             tokens = model.generate(**inputs, **options, max_new_tokens=max_new_tokens)[0, -max_new_tokens:]
-        plain = reference_logits(model, settings, **inputs).float()
+        routes = handle.last_routes
+        own = settings if routes is None else routes.settings(settings)
+        plain = reference_logits(model, own, **inputs).float()
         if not are_finite(plain):
             raise not_finite(model.dtype)
-        expected = reference_generate(model, settings, max_new_tokens, **inputs)[0]
+        expected = reference_generate(model, own, max_new_tokens, **inputs)[0]
     differing = (tokens != expected.to(tokens.device)).nonzero()
     return settings, Comparison(
         error=_relative(ours - plain, plain),
         effect=_relative(plain - vanilla, plain),
         same_tokens=int(differing[0]) if len(differing) else max_new_tokens,
+        fusions=fusions,
     )
 
 

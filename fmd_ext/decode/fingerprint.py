@@ -1,4 +1,4 @@
-"""What a captured graph took from a model: where its weights lie and how its modules are switched."""
+"""A fingerprint of what a captured graph depends on: addresses of weights, and settings of modules."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ OWN = set(nn.Module().__dict__)  # attributes of every module: those that matter
 def fingerprint(*parts: nn.Module) -> int:
     """Changes when weights move or are replaced, modules come or go, or a plain setting of a module changes.
 
-    A captured graph knows nothing of such changes, so it may be replayed only while there are none: no adapter (LoRA)
-    switched, merged or scaled, no model moved, no layer replaced. Weights changed in place do not count: a replay reads
-    them anew.
+    A captured graph ignores such changes, so it may be replayed only while there are none: no adapter (LoRA) switched,
+    merged or scaled, no model moved, no layer replaced. Weights may change in place: every replay reads them.
     """
     seen: list[tuple[Any, ...]] = []
     for module in (module for part in parts for module in part.modules()):

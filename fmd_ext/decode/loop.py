@@ -1,8 +1,8 @@
 """The token loop over static steps: greedy search and sampling as in transformers, without waiting for the device.
 
-transformers' logits processors, warpers and stopping criteria run as they are, in their order. What differs: on CUDA
-the forward of the next token starts before the host looks at whether there is one, so the device computes while the
-host reads the flag, feeds a streamer and launches what comes next. Where there was none, that forward is taken back.
+transformers' logits processors, warpers and stopping criteria run as they are, in their order. One thing differs: on
+CUDA the next forward starts before the host knows whether generation goes on. The device then computes while the host
+reads the stop flag, feeds a streamer and launches more work. If generation was over, that forward is undone.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Selection:
         return self._tokens
 
     def send(self, done: torch.Tensor) -> None:
-        """Takes in which samples are done [batch] bool, and starts to copy that and the last tokens to the host."""
+        """Notes which samples are done [batch] bool, and starts copying this and the last tokens to the host."""
         self.unfinished = self.unfinished & ~done
         self._host.copy_(torch.cat([self._tokens, self.unfinished.max()[None]]), non_blocking=True)
         if self._arrived is not None:

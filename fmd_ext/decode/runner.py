@@ -24,7 +24,7 @@ from .store import StepStore
 logger = logging.getLogger(__name__)
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# Settings of generate that need what a static step does not give, and what that is.
+# Settings of generate that static steps do not serve, and the reason.
 UNSUPPORTED = {
     "output_attentions": "attention weights",
     "output_hidden_states": "hidden states of every step",
@@ -46,8 +46,8 @@ class DecodeRunner:
         steps: those that are kept for later calls.
         last: what the decode steps of the last ``generate`` call ran on, or why they did not run here; "" before the
             first call.
-        run_ahead: start the next step's forward before it is known that there is one, so that a GPU never waits for the
-            host. None: on CUDA.
+        run_ahead: start the next forward before the host knows whether generation goes on, so that a GPU never waits
+            for the host. None: on CUDA only.
     """
 
     def __init__(self, session: Session, decoder: nn.Module, wanted: bool | None = None) -> None:
@@ -124,9 +124,9 @@ class DecodeRunner:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def begin(self, model: nn.Module, cache: Cache, call: dict[str, Any], remaining: int) -> StepSequence:
-        """Static steps behind what ``cache`` holds; see `StepSequence`."""
+        """Static steps that continue the sequences of ``cache``; see `StepSequence`."""
         return StepSequence(self.steps, model, cache, call, remaining)
 
     def forget(self) -> None:
-        """Lets go of all steps, their graphs and pools."""
+        """Frees all steps, their graphs and pools."""
         self.steps.clear()

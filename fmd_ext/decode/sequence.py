@@ -1,4 +1,4 @@
-"""The decode steps of one `generate` call: each hands on to the next, over buffers that grow when they are full."""
+"""The decode steps of one `generate` call. A step whose buffers are full is replaced by one with larger buffers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fmd_ext.decode.step import StaticStep, StepInputs
 from fmd_ext.decode.store import StepStore
 from fmd_ext.engine.forward import check_length
 
-# New positions that a cache gets room for at once, where the call may generate as many.
+# Room for new positions in the first buffers of a call, if the call may generate as many.
 ROOM = 1024
 
 
 class StepSequence:
-    """Static steps behind what a cache holds.
+    """Static steps that continue the sequences of a cache.
 
     Args:
-        store: where steps come from and go back to.
-        cache: filled by the patched model; not to be used by others until `close`.
+        store: lends steps, and takes them back.
+        cache: filled by the patched model; nothing else may use it until `close`.
         call: arguments of the first step as the model's own loop would pass them.
         remaining: the largest number of steps that can follow.
     """
@@ -35,12 +35,12 @@ class StepSequence:
         self.inputs = StepInputs.of(call)
         self.remaining = remaining
         self.step: StaticStep | None = None
-        self.fed = 0  # tokens fed that the cache's lengths do not count yet
+        self.fed = 0  # tokens that were fed and are not in the cache's lengths yet
         self.room = 0
         self.total = 0
 
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, vocabulary] behind ``tokens`` [batch]; the next call overwrites them.
+        """The next logits [batch, vocabulary] after ``tokens`` [batch]; the next call overwrites them.
 
         Raises ValueError at the model's limit of positions.
         """
@@ -69,7 +69,7 @@ class StepSequence:
         self.fed = 0
 
     def close(self, undo: int, keep_cache: bool) -> None:
-        """Ends the steps and takes the last ``undo`` of them back.
+        """Ends the steps and removes the last ``undo`` of them from the cache.
 
         The cache then holds what was fed; with ``keep_cache`` False, which costs no copy, it is empty.
         """

@@ -61,10 +61,10 @@ class CaptureSite:
     """Where the graphs of a device are captured.
 
     Args:
-        memory: the pool of their intermediate results: one for all, since they never run at the same time.
-        stream: one for all, since libraries keep a workspace for every stream that they have seen. Its first launches
-            are not captured, so that these workspaces do not lie in ``memory``.
-        left: recorded behind the last replay of a call, so that the next call can wait for it.
+        memory: the pool of intermediate results. All graphs share it, because no two run at the same time.
+        stream: all graphs share it, because libraries keep a workspace per stream. The first launches on it are not
+            captured, so that these workspaces do not lie in ``memory``.
+        left: an event behind the last replay of a call; the next call waits for it.
     """
 
     memory: Any
@@ -76,7 +76,7 @@ class CaptureSite:
         return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Event())
 
     def enter(self) -> None:
-        """Before a call's steps: the current stream waits for the call before, maybe of another stream."""
+        """Makes the current stream wait for the previous call, which may have run on another stream."""
         torch.cuda.current_stream(self.stream.device).wait_event(self.left)
 
     def leave(self) -> None:
@@ -118,7 +118,10 @@ class StaticStep:
         """Fills the buffers for a first step; ``call`` plans one text position for every sample."""
         plan = call.plan
         if self.call is None:
-            self.call = call
+            self.call = dataclasses.replace(call)
+            if call.home_weights is not None:
+                with torch.inference_mode(False):  # the step's own, read by its graph
+                    self.call.home_weights = torch.empty_like(call.home_weights)
             self._numbers = plan.tensors.keep_on(self.device)
             with torch.inference_mode(False):
                 self._growth = _growth(plan, self.device)
@@ -126,6 +129,8 @@ class StaticStep:
                 self._tensors = {name: torch.empty_like(tensor) for name, tensor in inputs.tensors.items()}
         else:
             self._numbers.copy_(plan.tensors.host)
+        if call.home_weights is not None:
+            self.call.home_weights.copy_(call.home_weights)
         self.positions.copy_(inputs.positions)
         for name, tensor in inputs.tensors.items():
             self._tensors[name].copy_(tensor)
@@ -161,11 +166,11 @@ class StaticStep:
         try:
             # Entered here too: after a capture that fails, torch.cuda.graph leaves its stream the current one.
             with torch.cuda.stream(site.stream):
-                self._launch(cache)  # what libraries do in their first call must not be captured
+                self._launch(cache)  # libraries allocate workspaces in their first call, which must not be captured
                 self._advance(-1)  # the pools may have room for one position only
                 self._refuse_waits(cache)
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may go on meanwhile, for instance decode a clip into pinned memory.
+                # Other threads may use CUDA during the capture, for instance to decode a clip into pinned memory.
                 mode = "thread_local"
                 with torch.cuda.graph(graph, pool=site.memory, stream=site.stream, capture_error_mode=mode):
                     self._launch(cache)

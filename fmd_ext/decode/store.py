@@ -39,9 +39,10 @@ class StepStore:
         """A loaded step whose pools hold the keys of ``cache``, with room for ``room`` positions or more."""
         state = cache.layers[0].state
         tables = state.tables_with_room(room)
-        # All that the launches of a step depend on, apart from what lies in its buffers.
+        # Everything that the launches of a step depend on, except the contents of its buffers.
         key = (
-            (state.batch, state.fork_layers, tuple(state.phase), tuple(table.num_slots for table in tables)),
+            (state.batch, state.fork_layers, tuple(state.phase), state.home_weights is None),
+            tuple(table.num_slots for table in tables),
             (inputs.key, self.session.config, dispatch.splits_are_fixed()),
             fingerprint(self.decoder, model.get_output_embeddings()),
         )
@@ -67,7 +68,7 @@ class StepStore:
             self._steps.popitem(last=False)
 
     def clear(self) -> None:
-        """Lets go of all steps, their graphs and pools."""
+        """Frees all steps, their graphs and pools."""
         self._steps.clear()
         self._sites.clear()
 

@@ -34,14 +34,14 @@ def default_depth(num_layers: int) -> int:
 
 
 class OpenCall:
-    """Makes the calls of a patch with a setting that is "auto", in the place of `Session.open_call`'s own way."""
+    """Creates the `Call` of a forward call where a setting is "auto"; see `Session`."""
 
     def __init__(self, config: FMDConfig, num_layers: int) -> None:
         self.config = config
         self.num_layers = num_layers
 
     def __call__(self, plan: Plan, labels: np.ndarray, state: Any) -> Call:
-        """The call; a depth, once chosen for a cache, holds for all of its calls (``state.fork_layers``)."""
+        """The call. A depth that was chosen for a cache holds for all later calls on it (``state.fork_layers``)."""
         begins = bool(plan.begins.any())
         fork_layers, chooses_depth = state.fork_layers, False
         if fork_layers is None:
@@ -133,7 +133,7 @@ class Reading:
         """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
         if not self.chooses_alpha:
             return before
-        chosen = weights.repeat(len(self.samples), 1)
+        chosen = weights.repeat(len(self.samples), 1) if before is None else before.clone()
         chosen[:, VISUAL : AUDIO + 1] = self.alphas
         if before is None:
             return chosen

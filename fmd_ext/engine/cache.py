@@ -20,6 +20,7 @@ from fmd_ext.engine.compiling import python_only
 from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
 from fmd_ext.engine.planner import make_plan
 from fmd_ext.engine.prompt import Prompt, modality_bits
+from fmd_ext.engine.routes import Routes
 from fmd_ext.engine.segments import SegmentTable
 from fmd_ext.engine.session import Session
 
@@ -44,7 +45,7 @@ class BranchedLayer(CacheLayerMixin):
 
     @property
     def _leads(self) -> bool:
-        # transformers asks every layer in turn; the state is one, so the first layer's call acts for all.
+        # transformers calls such a method once per layer. All layers share one state, so only the first layer acts.
         return self.layer_idx == 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -149,6 +150,7 @@ class BranchedState:
         prompt: the prompt of the ``generate`` call whose positions the cache holds; None for other calls.
         fork_layers: layers before the merge; None until a first call has chosen them.
         home_weights: float32 [batch, 4], home row weights of the merge, where a call has chosen them by sample.
+        routes: the routes that are in them, of the samples as they were when a call was told.
     """
 
     def __init__(self, session: Session, num_layers: int) -> None:
@@ -172,6 +174,7 @@ class BranchedState:
         self.batch = batch
         self.phase = np.zeros(batch, np.int8)
         self.modalities = np.zeros(batch, np.int8)  # bits: 1 visual, 2 audio, cached or announced
+        self.may_fork = np.ones(batch, bool)  # not those whose first question needs both modalities
         self.valid = np.zeros(batch, np.int64)  # positions without padding
         self.text_tail = np.zeros(batch, np.int64)  # trailing positions that are text: what crop can remove
         self.fork_table = SegmentTable(batch, NUM_SEGMENTS)
@@ -179,6 +182,7 @@ class BranchedState:
         depth = self.session.config.fork_layers
         self.fork_layers = depth if isinstance(depth, int) else None
         self.home_weights: torch.Tensor | None = None
+        self.routes: Routes | None = None
 
     def table_of(self, layer_idx: int) -> SegmentTable:
         call = self.session.call
@@ -186,16 +190,22 @@ class BranchedState:
         is_forked = fork_layers is None or layer_idx < fork_layers
         return self.fork_table if is_forked else self.trunk_table
 
-    def plan_call(self, labels: np.ndarray, announced: np.ndarray | None = None) -> Plan:
+    def plan_call(
+        self, labels: np.ndarray, announced: np.ndarray | None = None, forks: np.ndarray | None = None
+    ) -> Plan:
         """The plan of a call that adds ``labels`` [batch, length] int8 (-1 padding, 0 text, 1 visual, 2 audio,
         3 joint).
 
-        ``announced`` [batch] int8 holds modality bits of positions that later calls will bring, so that a prompt given
-        in chunks forks like a prompt given at once. Room is made at once; all else changes on ``commit``.
+        ``announced`` [batch] int8 holds modality bits of positions that later calls will bring: a prompt in chunks
+        then forks as it does in one call. ``forks`` [batch] bool, of the first call on the cache, are the samples that
+        may fork; None: all. Slots are reserved here; the rest of the state changes in `commit`.
         """
         self._open(len(labels))
+        if forks is not None and self.logical_length == 0:
+            self.may_fork = forks.copy()
         modalities = self.modalities | modality_bits(labels) | (0 if announced is None else announced)
-        phase = np.where((self.phase == UNFORKED) & (modalities == BOTH_MODALITIES), PREFIX_OPEN, self.phase)
+        opens = (self.phase == UNFORKED) & (modalities == BOTH_MODALITIES) & self.may_fork
+        phase = np.where(opens, PREFIX_OPEN, self.phase)
         masking = self.session.config.masking
         raw = make_plan(labels, self.fork_table.length, self.trunk_table.length[:, 0], phase.astype(np.int8), masking)
         fork_length = raw.seg_len.reshape(self.batch, NUM_SEGMENTS)
@@ -206,9 +216,9 @@ class BranchedState:
         return _frozen(raw, labels.shape, begins, (self.fork_table, fork_length), (self.trunk_table, trunk_length))
 
     def _open(self, batch: int) -> None:
-        """Begins anew where nothing is held. Raises ValueError where ``batch`` is not that of what is held."""
+        """Starts a batch in an empty cache. Raises ValueError where the cache holds another number of samples."""
         if self.logical_length == 0:
-            # Drops what an earlier call that failed has left behind.
+            # A call that failed may have left pools behind.
             for layer in self.layers:
                 layer.release()
             self._start(batch)
@@ -216,9 +226,10 @@ class BranchedState:
             raise ValueError(f"the cache holds {self.batch} samples, the call has {batch}")
 
     def commit(self, call: Call) -> None:
-        """Takes over what the last plan added; called when the forward call that ran it has succeeded."""
+        """Adds the rows of the last plan to the state; called after its forward call has succeeded."""
         self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
         self.fork_layers, self.home_weights = call.fork_layers, call.home_weights
+        self.routes = call.routes or self.routes
         is_text = labels == 0
         tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
         self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
@@ -258,7 +269,7 @@ class BranchedState:
             new, source = getattr(self, name).select(index)
             self._move(name, new, source)
         self.batch = len(index)
-        for name in ("phase", "modalities", "valid", "text_tail"):
+        for name in ("phase", "modalities", "may_fork", "valid", "text_tail"):
             setattr(self, name, getattr(self, name)[index])
         if self.home_weights is not None:
             self.home_weights = self.home_weights[torch.from_numpy(index).to(self.home_weights.device)]
@@ -283,8 +294,13 @@ class BranchedState:
         self.logical_length += count
 
     @property
+    def has_forked(self) -> bool:
+        """Whether the cache holds a sample in the fork."""
+        return bool(self.batch) and bool((self.phase == FORKED).any())
+
+    @property
     def _text_segments(self) -> np.ndarray:
-        """[batch, segments] bool: those that a text position has a key in."""
+        """[batch, segments] bool: the segments that hold a key of every text position."""
         forked = self.phase == FORKED
         return np.stack([~forked, forked, forked], axis=1)
 
@@ -295,7 +311,7 @@ class BranchedState:
 
     @property
     def text_room(self) -> int:
-        """Text positions that every segment which takes them still has room for."""
+        """Number of text positions that still fit: the least room of the segments that store their keys."""
         fork, trunk = self.fork_table, self.trunk_table
         return int(min((fork.capacity - fork.length)[self._text_segments].min(), (trunk.capacity - trunk.length).min()))
 

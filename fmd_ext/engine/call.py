@@ -1,7 +1,7 @@
 """One forward call of a patched decoder: its frozen plan, and what is decided while the layers run.
 
-A call is made per forward and reached as ``session.call``: by the merge, the cache and the fusions alike. The attention
-function is handed the same one: its module may be a copy, which knows no session. Nothing below writes into the plan.
+A call is made per forward and reached as ``session.call``: by the merge, the cache and the fusions alike. Attention
+functions receive it as an argument, because their module may be a copy without a session. Nobody writes into the plan.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from fmd_ext.engine.plan import LayerPlan, Plan
+from fmd_ext.engine.routes import Routes
 
 
 class Observer(Protocol):
@@ -29,11 +30,12 @@ class Observer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """A rotation that the append has still to do.
+    """The rotation of queries and keys of one layer, deferred to the append op.
 
     Args:
-        q: [rows, num_qo_heads, head_dim], and ``q_out``, of the same shape, which is to hold it rotated.
-        k: [1, num_kv_heads, rows, head_dim], not rotated, as the cache will be given it.
+        q: [rows, num_qo_heads, head_dim], not rotated.
+        q_out: the same shape; the append writes the rotated queries here.
+        k: [1, num_kv_heads, rows, head_dim], not rotated: the tensor that the cache's ``update`` receives.
         cos, sin: [rows, head_dim].
     """
 
@@ -53,15 +55,16 @@ class Call:
         fork_layers: number of layers before the merge; its upper bound while ``observer`` may still end the fork.
         home_weights: float32 [batch, 4], home row weights of the merge by sample and label, where they differ between
             samples; else None.
-        observer: chooses what the settings leave to the prompt; None where they leave nothing, or nothing begins to
-            fork.
-        rotation: what the layer that runs has left to its append.
+        observer: chooses the settings that are "auto"; None where none is, or where no sample begins to fork.
+        routes: what its samples' questions need, where this call is the first to be told.
+        rotation: the deferred rotation of the layer that is running; else None.
     """
 
     plan: Plan
     fork_layers: int
     home_weights: torch.Tensor | None = None
     observer: Observer | None = None
+    routes: Routes | None = None
     rotation: Rotation | None = None
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:

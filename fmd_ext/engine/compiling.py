@@ -1,7 +1,7 @@
 """torch.compile and our replacements: they run as Python; what lies between them is compiled.
 
 Dynamo would trace planners, locks and a cache that changes its shape, and compile parts of each. Its marks are set
-without an import of it, which takes seconds and is needed only where something is compiled.
+without importing it: the import takes seconds, and only compiled code needs it.
 """
 
 from __future__ import annotations

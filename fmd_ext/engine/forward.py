@@ -126,11 +126,11 @@ class MergeHook:
         if call.observer is not None:
             call.home_weights = call.observer.home_weights(weights, call.home_weights)
         home_rows, away_modality = plan.tensors.get("home_rows", device), plan.tensors.get("away_modality", device)
-        if call.home_weights is None or not plan.has_masked_rows:  # text weighs the same in every sample
+        if call.home_weights is None:
             away_weights = weights[away_modality]
         else:
             samples = plan.tensors.get("positions", device)[home_rows] // plan.length
-            away_weights = call.home_weights[samples, away_modality]
+            away_weights = call.home_weights.to(device)[samples, away_modality]
         ops.merge_(hidden[0], home_rows, plan.tensors.get("away_rows", device), away_weights)
 
 
@@ -162,7 +162,7 @@ class ForkedDecoder:
             _refuse_packed(positions)
         past = 0 if cache is None else cache.get_seq_length()
         cache, state = adopt(cache, self.session, len(decoder.layers))
-        call = self.session.call  # that of a static step, prepared by its runner
+        call = self.session.call  # set by the decode runner, which prepares the call of a static step
         is_prepared = call is not None
         if not is_prepared:
             check_length(decoder, past + embeds.shape[1])
@@ -174,13 +174,13 @@ class ForkedDecoder:
             if not _is_generated(prompt, state, mask, embeds.shape[1]):
                 _apply_padding(labels, mask, past, state)
             branches = self._branches(embeds, labels, past, branches, prompt)
-            call = self.session.open_call(state.plan_call(labels, announced), labels, state)
+            call = self._open_call(state, labels, announced, prompt, embeds.device)
             if prompt is not None and prompt.is_one_with(self.session.generating):
                 state.prompt = prompt
         given["inputs_embeds"] = self._pack_embeds(embeds, branches, call.plan)
         given["position_ids"] = self._pack_positions(positions, embeds, call.plan, past)
         given.update({self.cache_name: cache}, use_cache=True, attention_mask=None, return_dict=True)
-        given["fmd_call"] = call  # for attention modules, which may be copies that know no session of ours
+        given["fmd_call"] = call  # attention modules may be copies, which have no session
         with self.session.running(call):
             out = self.original(**given)
         if not is_prepared:
@@ -190,7 +190,7 @@ class ForkedDecoder:
         return out.to_tuple() if return_dict is False else out
 
     def _prompt(self, embeds: torch.Tensor, past: int, state: BranchedState) -> Prompt | None:
-        """The prompt of the entry's forward call, or of `generate` where the call has not come through that forward."""
+        """The prompt of the entry's forward call; where the decoder is called directly, that of `generate`."""
         if self.session.incoming is not None:
             prompt, length = self.session.incoming
             prompt.check_positions(length, past + embeds.shape[1])
@@ -199,6 +199,27 @@ class ForkedDecoder:
         if generating is not None and (generating.is_one_with(state.prompt) if past else generating.fits(embeds)):
             return generating.begin()
         return self.session.labels_of_context
+
+    def _open_call(
+        self,
+        state: BranchedState,
+        labels: np.ndarray,
+        announced: np.ndarray | None,
+        prompt: Prompt | None,
+        device: torch.device,
+    ) -> Call:
+        """The call that adds ``labels``; routes that its cache has not been told yet choose weights and who forks."""
+        given = self.session.routes_of_context
+        if given is None and prompt is not None:
+            given = prompt.routes
+        if given is None or (state.logical_length and given is state.routes):
+            return self.session.open_call(state.plan_call(labels, announced), labels, state)
+        routes = given.repeated(len(labels))
+        call = self.session.open_call(state.plan_call(labels, announced, routes.forks), labels, state)
+        call.routes = given
+        weights = self.session.merge_weights(device)
+        call.home_weights = routes.home_weights(self.session.config, weights, call.home_weights)
+        return call
 
     def _refuse(self, decoder: nn.Module, call: dict[str, Any]) -> None:
         """Errors for what the method does not do; fills in ``inputs_embeds``."""
@@ -327,9 +348,9 @@ def _refuse_packed(position_ids: torch.Tensor | None) -> None:
 
 
 def _is_generated(prompt: Prompt | None, state: BranchedState, mask: torch.Tensor | None, length: int) -> bool:
-    """Whether it is known without a look at ``mask`` that the new position of a cached call is no padding.
+    """Whether the new position of a cached call is a generated token, which is never padding.
 
-    It is within ``generate``, once the mask of the prompt has been read.
+    Decided without reading ``mask`` back from the device: ``generate`` has read the prompt's mask before.
     """
     if mask is None or length != 1 or mask.dim() != 2 or prompt is None or not prompt.is_one_with(state.prompt):
         return False

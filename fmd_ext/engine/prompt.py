@@ -1,4 +1,4 @@
-"""Which modality each position of a sequence has, and which calls have that sequence."""
+"""The modality labels of a prompt, and which forward calls belong to that prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fmd_ext.engine.routes import Routes
 from fmd_ext.labels import AUDIO, JOINT, PADDING, TEXT, VISUAL
 
 UNREAD_BRANCHES = (
@@ -22,11 +23,12 @@ class Prompt:
         labels: int8 [batch, length] (-1 padding, 0 text, 1 visual, 2 audio, 3 joint), cached positions included; later
             positions are text. None: all is text.
         source: what the labels belong to: token ids [batch, n] or embeddings [batch, n, hidden] of the positions from
-            ``first`` on. None: to any call.
+            ``first`` on. None: the labels hold for any call.
         first: cached positions before ``source`` and ``branch_embeds``.
         branch_embeds: [2, batch, n, hidden], embeddings of joint positions in the visual and in the audio branch.
-        virtual: positions that others (PEFT's prompt learning) put before ``source``; ``labels`` count them.
+        virtual: positions that PEFT's prompt learning puts before ``source``; ``labels`` count them.
         is_read: the labels were read off token ids; otherwise they were given by hand.
+        routes: what the samples' questions need, where the settings leave the weight at text positions to them.
         mask_width: columns of the prompt's attention mask, where its last column is known to hold no padding.
 
     Raises ValueError for ``branch_embeds`` without joint positions.
@@ -41,6 +43,7 @@ class Prompt:
         mask_width: int | None = None,
         is_read: bool = False,
         virtual: int = 0,
+        routes: Routes | None = None,
     ) -> None:
         if branch_embeds is not None and (labels is None or not (labels == JOINT).any()):
             raise ValueError(UNREAD_BRANCHES)
@@ -51,12 +54,14 @@ class Prompt:
         self.mask_width = mask_width
         self.is_read = is_read
         self.virtual = virtual
+        self.routes = routes
         self._has_begun = False
         self._origin: Prompt = self
 
     def with_branches(self, branch_embeds: torch.Tensor, first: int) -> Prompt:
         """The same prompt with embeddings of its joint positions from position ``first`` on."""
-        prompt = Prompt(self.labels, self.source, first, branch_embeds, self.mask_width, self.is_read, self.virtual)
+        given = self.mask_width, self.is_read, self.virtual, self.routes
+        prompt = Prompt(self.labels, self.source, first, branch_embeds, *given)
         prompt._origin = self._origin
         return prompt
 
@@ -65,7 +70,7 @@ class Prompt:
         return other is not None and self._origin is other._origin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompt:
-        """Itself: a copied cache goes on with the same prompt."""
+        """Returns the prompt itself: a copied cache belongs to the same prompt."""
         return self
 
     @property
@@ -92,19 +97,19 @@ class Prompt:
         return here if here.shape[1] == batch else here.repeat_interleave(batch // here.shape[1], dim=1)
 
     def begin(self) -> Prompt:
-        """Itself, as a prompt whose first call has come."""
+        """Notes that the first call with this prompt has come. Returns the prompt."""
         self._origin._has_begun = True
         return self
 
     @property
     def waits_for_its_labels(self) -> bool:
-        """Whether it has labels given by hand, and its first call has not come yet."""
+        """Whether labels were given by hand and no call has used them yet."""
         return self.has_content and not self.is_read and not self._origin._has_begun
 
     def fits(self, embeds: torch.Tensor) -> bool:
-        """Whether ``embeds`` [batch, length, hidden] may be the prompt, whose first call has not come yet.
+        """Whether ``embeds`` [batch, length, hidden] can be this prompt: no call has come yet, and the sizes agree.
 
-        For models whose outer ``generate`` makes embeddings of ids and calls another one with them.
+        Some models have an outer ``generate`` that embeds the ids and calls an inner ``generate`` with the embeddings.
 
         Raises:
             ValueError: more embeddings than ids that the labels were read off.
@@ -160,9 +165,9 @@ def check_labels(labels: Any, batch: int | None = None) -> np.ndarray:
 
 
 def covering(labels: np.ndarray, length: int) -> np.ndarray:
-    """``labels`` [batch, n], given by hand for a sequence of ``length`` positions, or one that later calls go on with.
+    """Checks labels [batch, n] that were given by hand for a sequence of ``length`` positions; returns them.
 
-    Raises ValueError for labels that end before the sequence does: nothing tells which positions they leave out.
+    Labels past the end of the sequence are those of later calls. Raises ValueError for fewer labels than positions.
     """
     if labels.shape[1] < length:
         raise ValueError(

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, find_adapter
+from fmd_ext.adapters import find_adapter
 from fmd_ext.config import FMDConfig
+from fmd_ext.labels import AUDIO, JOINT, PADDING, TEXT, VISUAL
 
 # The settings of all samples, or of each.
 Configs = FMDConfig | Sequence[FMDConfig]

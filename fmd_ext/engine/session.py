@@ -1,4 +1,4 @@
-"""What a patch remembers while in force: its settings, the call that runs, and the prompt of a running `generate`."""
+"""The state of a patch: its settings, the call that is running, and the prompt of the running `generate`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fmd_ext.config import FMDConfig
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.plan import Plan
 from fmd_ext.engine.prompt import Prompt, check_labels
+from fmd_ext.engine.routes import Routes
 
 # (plan, labels [batch, length], state of the cache) -> the call; see `fmd_ext.engine.auto`
 OpenCall = Callable[[Plan, np.ndarray, Any], Call]
 
 
 class OneAtATime:
-    """A reentrant lock that can be copied with its model; the copy is a lock of its own."""
+    """A reentrant lock. A deep copy of a model that holds one gets a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -46,14 +47,14 @@ class Session:
 
     Args:
         config: the resolved settings.
-        open_call: makes a call's `Call` where a setting is left to the prompt; None: the settings say it all.
+        open_call: creates the `Call` of a forward call where a setting is "auto"; None where no setting is.
 
     Attributes:
-        lock: held by every call: calls of several threads follow one another, since the state is that of one call.
+        lock: held during every call. The state describes one call, so threads run one after another.
         call: the call that is running, else None.
         last_call: the last call that succeeded; None before the first.
-        incoming: the prompt of the entry's forward call that is running, which the decoder's call belongs to, and how
-            many positions that call has, cached ones included; None where no such call runs.
+        incoming: while a forward call of the entry runs, its prompt and its number of positions, cached ones
+            included; else None. The decoder's call belongs to that prompt.
         generating: the prompt of the ``generate`` call that is running.
     """
 
@@ -66,6 +67,7 @@ class Session:
         self.generating: Prompt | None = None
         self._open_call = open_call
         self._labels: Prompt | None = None
+        self._routes: Routes | None = None
         self._merge_weights: dict[tuple, torch.Tensor] = {}
 
     @contextlib.contextmanager
@@ -74,6 +76,16 @@ class Session:
         prompt = Prompt(check_labels(modality_labels))
         with self.lock, self._holding("_labels", prompt):
             yield
+
+    @contextlib.contextmanager
+    def routed(self, routes: Routes) -> Iterator[None]:
+        """Within this context ``routes`` are those of all calls' samples; see `Handle.routed`."""
+        with self.lock, self._holding("_routes", routes):
+            yield
+
+    @property
+    def routes_of_context(self) -> Routes | None:
+        return self._routes
 
     @property
     def labels_of_context(self) -> Prompt | None:
@@ -107,7 +119,7 @@ class Session:
         return Call(plan, cast(int, self.config.fork_layers), state.home_weights)
 
     def merge_weights(self, device: torch.device) -> torch.Tensor:
-        """The config's `merge_weights`, float32 [4]. Kept: copying them in every call would wait for the device."""
+        """The config's `merge_weights`, float32 [4]. Cached: a copy per call would wait for the device."""
         key = (self.config.merge_weights, device)
         if key not in self._merge_weights:
             self._merge_weights[key] = torch.tensor(key[0], dtype=torch.float32, device=device)

@@ -162,13 +162,22 @@ def last_question_token(processor: Any, question: str) -> int:
 
     What follows the question in the prompt is the chat template's: the end of the turn and the opening of the answer.
     """
+    tail = render_question(processor, question).rpartition(question)[2]
+    return -1 - len(processor.tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def render_question(processor: Any, question: str) -> str:
+    """The prompt of a question without a clip, up to the answer, by the model's template.
+
+    Raises ValueError for an empty question.
+    """
     _check_question(question)
     if isinstance(processor, ClipProcessor):
-        prompt = processor.render([], question, None)
-    else:
-        prompt = _render(processor, [], question, False, None)
-    tail = prompt.rpartition(question)[2]
-    return -1 - len(processor.tokenizer(tail, add_special_tokens=False)["input_ids"])
+        return processor.render([], question, None)
+    if not hasattr(processor, "tokenizer"):  # a tokenizer, whose template may know neither parts nor a system prompt
+        turn = [{"role": "user", "content": question}]
+        return processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return _render(processor, [], question, False, None)
 
 
 def _check_question(question: str) -> None:

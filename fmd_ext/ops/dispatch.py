@@ -1,4 +1,4 @@
-"""Which code runs an op: fmd_ext's kernels, or torch's own operations (`fmd_ext.ops.torch_path`).
+"""Which code runs an op: fmd_ext's kernels, or torch's own operations.
 
 The kernels are for CPUs, and for CUDA devices of compute capability 8.0 and up; attention on CUDA takes bfloat16 and
 float16 with `head_dim` 64 and 128. Everything else that torch has runs by torch's own operations: other dtypes and head
@@ -49,7 +49,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `decide` goes by.
+    """The facts from which `decide` chooses.
 
     Args:
         device: torch's type of the device ("cpu", "cuda", "mps", "xpu", ...).
@@ -181,7 +181,7 @@ def _find(device: torch.device, dtype: torch.dtype, head_dim: int | None, attent
             raise RuntimeError(f"the kernels were chosen for the ops, but {reason}")
         return Path("kernel", "the kernels were chosen")
     if device.type == "meta" or not dtype.is_floating_point:
-        return Path("kernel", "")  # which refuses what it does not take
+        return Path("kernel", "")  # whose own check refuses it with a clear error
     path = decide(_facts(device, dtype, head_dim, attention))
     if path.unchecked and (failure := _check(device)):
         path = Path("torch", failure)

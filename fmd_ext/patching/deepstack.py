@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmd_ext.adapters import VISUAL
 from fmd_ext.engine.session import Session
+from fmd_ext.labels import VISUAL
 
 
 class PackedDeepstack:

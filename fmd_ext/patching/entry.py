@@ -14,6 +14,7 @@ from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.cache import state_of
 from fmd_ext.engine.forward import arguments_by_name, refuse_gradients
 from fmd_ext.engine.prompt import Prompt, check_labels, covering
+from fmd_ext.engine.routes import Routes
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import TEXT
 from fmd_ext.patching.labelling import (
@@ -25,16 +26,23 @@ from fmd_ext.patching.labelling import (
     prompt_length,
     virtual_tokens,
 )
+from fmd_ext.patching.routing import Asking
 
 
 class _Entry:
     """Replacement of ``forward`` or ``generate`` of the module that takes token ids."""
 
     def __init__(
-        self, session: Session, original: Any, read_labels: LabelReader | None, branch_inputs: str = ""
+        self,
+        session: Session,
+        original: Any,
+        read_labels: LabelReader | None,
+        asking: Asking | None = None,
+        branch_inputs: str = "",
     ) -> None:
         self.session = session
         self.read_labels = read_labels
+        self.asking = asking
         self.branch_inputs = branch_inputs
         self.original = original
         self.signature = inspect.signature(original)
@@ -42,6 +50,17 @@ class _Entry:
 
     def arguments(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         return arguments_by_name(self.signature, args, kwargs)
+
+    def routes(self, ids: torch.Tensor | None, labels: np.ndarray | None) -> Routes | None:
+        """What the questions of a prompt need, where the settings leave it to them; ``labels`` are those of ``ids``."""
+        if self.asking is None or self.session.routes_of_context is not None:
+            return None
+        if labels is None or not (labels > TEXT).any():
+            return None
+        if ids is None:
+            self.asking.tell_of_unread()
+            return None
+        return self.asking.routes_of(ids, labels)
 
 
 class EntryForward(_Entry):
@@ -63,6 +82,8 @@ class EntryForward(_Entry):
         call = self.arguments(args, kwargs)
         with torch.no_grad():
             prompt = self._prompt(call, modality_labels)
+            if prompt is not None and prompt.routes is None and not cached(call):
+                prompt.routes = self.routes(call.get("input_ids"), prompt.labels)
             if self.branch_inputs and branch_embeds is None:
                 call = getattr(module, self.branch_inputs)(session.config.mask_scale, **call)
                 branch_embeds = call.pop("branch_embeds", None)
@@ -72,8 +93,8 @@ class EntryForward(_Entry):
                 return self.original(**call)
 
     def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
-        """The labels given by hand, else those of the `generate` call that this call is part of, else those of the
-        context, else those read off the call's own ids, or embeddings, and features."""
+        """The prompt of a call. Labels given by hand come first, then those of the `generate` call that it belongs to,
+        those of the context, and those read off the call's own ids (or embeddings) and features."""
         ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
         given, length = embeds if ids is None else ids, _length(call)
         if modality_labels is not None:
@@ -91,7 +112,7 @@ class EntryForward(_Entry):
         return None if labels is None else Prompt(_shifted(labels, past), is_read=True)
 
     def _is_part_of(self, prompt: Prompt, call: dict[str, Any], given: torch.Tensor | None, past: int) -> bool:
-        """Whether a call with ids or embeddings ``given`` is one of the `generate` call that holds ``prompt``.
+        """Whether a call with ids or embeddings ``given`` belongs to the `generate` call of ``prompt``.
 
         Raises ValueError where labels were given by hand and the first call begins with something else.
         """
@@ -109,7 +130,7 @@ class EntryForward(_Entry):
         return False
 
     def _brings_features(self, prompt: Prompt, call: dict[str, Any]) -> bool:
-        """Whether the call feeds every placeholder of ``prompt`` that it holds. Else it is of another prompt."""
+        """Whether the call has the features of all placeholders in it. If not, it belongs to another prompt."""
         ids = call.get("input_ids")
         if ids is None or not prompt.is_read or not prompt.has_content:
             return True
@@ -120,10 +141,17 @@ class EntryForward(_Entry):
 
 
 class EntryGenerate(_Entry):
-    """Labels the whole prompt: what is generated is text, whatever its id, and a prompt in chunks is one prompt."""
+    """Labels the whole prompt at once: its chunks fork alike, and generated tokens are text, whatever their ids."""
 
-    def __init__(self, session: Session, original: Any, read_labels: LabelReader | None, runner: DecodeRunner) -> None:
-        super().__init__(session, original, read_labels)
+    def __init__(
+        self,
+        session: Session,
+        original: Any,
+        read_labels: LabelReader | None,
+        asking: Asking | None,
+        runner: DecodeRunner,
+    ) -> None:
+        super().__init__(session, original, read_labels, asking)
         self.runner = runner
 
     def __call__(
@@ -132,6 +160,8 @@ class EntryGenerate(_Entry):
         call = self.arguments(args, kwargs)
         with self.session.lock:
             prompt = self._prompt(module, call, modality_labels, branch_embeds)
+            with torch.no_grad():
+                prompt.routes = self._routes(prompt, call)
             state = state_of(call.get(self.cache_name))
             if state is not None and state.logical_length:
                 state.prompt = prompt.begin()
@@ -159,6 +189,21 @@ class EntryGenerate(_Entry):
         source = ids if embeds is None else embeds
         return Prompt(labels, source, past, branch_embeds, width, is_read, virtual)
 
+    def _routes(self, prompt: Prompt, call: dict[str, Any]) -> Routes | None:
+        """What the questions of the prompt need, or of a later turn behind a cache in which samples have forked."""
+        ids, labels, past = prompt_ids(call), prompt.labels, cached(call)
+        if ids is None:
+            return self.routes(None, labels)
+        state = state_of(call.get(self.cache_name))
+        if state is not None and state.has_forked:
+            if self.asking is None or self.session.routes_of_context is not None:
+                return None
+            return self.asking.routes_of_turn(ids)
+        if labels is not None:  # they count virtual and cached positions that the ids may not have
+            first = prompt.virtual + (past if only_new(ids, call.get("attention_mask"), past) else 0)
+            labels = labels[:, first : first + ids.shape[1]]
+        return self.routes(ids, labels)
+
 
 def _length(call: dict[str, Any]) -> int:
     """Positions of a forward call's ids or embeddings, and those that its cache holds."""
@@ -167,5 +212,5 @@ def _length(call: dict[str, Any]) -> int:
 
 
 def _shifted(labels: torch.Tensor, past: int) -> np.ndarray:
-    """Labels behind ``past`` cached positions, whose labels no longer matter."""
+    """Labels after ``past`` cached positions, which get text labels: the cache has planned them already."""
     return np.pad(check_labels(labels), ((0, 0), (past, 0)))

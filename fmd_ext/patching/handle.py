@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -13,16 +14,17 @@ from fmd_ext.decode import DecodeRunner
 from fmd_ext.engine.auto import OpenCall
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.forward import ForkedDecoder, MergeHook
+from fmd_ext.engine.routes import Routes
 from fmd_ext.engine.session import Session
 from fmd_ext.ops import dispatch
 from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate
-from fmd_ext.patching.fusions.norms import FusedNorm, is_plain
-from fmd_ext.patching.fusions.rotary import FusedRotation, why_not_fused
+from fmd_ext.patching.fusions.put_on import Fusion, none_on, put_on
 from fmd_ext.patching.installation import Installation, no_context
 from fmd_ext.patching.labelling import LabelReader, cached
 from fmd_ext.patching.refusals import attention_modules, refuse_unsupported
+from fmd_ext.patching.routing import Asking, Router
 from fmd_ext.patching.row_counters import RowCounters
 
 _ATTRIBUTE = "_fmd_handle"
@@ -35,10 +37,19 @@ class Handle:
         config: the resolved `FMDConfig` in force.
         adapter: the `Adapter` that serves the model.
         runner: the `DecodeRunner`; its ``last`` tells what the last ``generate`` call's decode steps ran on, and why.
-        why_not_fused: why the model's own code rotates queries and keys; empty where the append does it.
+        fusions: what runs as fewer, larger ops, by name: ``rotation`` (within the append), ``norms``, ``qkv`` and
+            ``gate_up`` (linears as one product); each a `Fusion` that says where, and why not elsewhere.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, config: FMDConfig, runner: bool | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        config: FMDConfig,
+        runner: bool | None,
+        fusions: bool | None,
+        router: Router | None,
+    ) -> None:
         self.model = model
         self.adapter = adapter
         self.config = config
@@ -47,22 +58,30 @@ class Handle:
         chooses = AUTO in (config.alpha, config.fork_layers)
         self.session = Session(config, OpenCall(config, len(self.decoder.layers)) if chooses else None)
         self.runner = DecodeRunner(self.session, self.decoder, runner)
-        self.why_not_fused = "the decoder runs as it is"
+        self.router = router
+        self._asking = None if router is None else Asking(self.session, self.entry, self.decoder, router)
+        self.wants_fusions = fusions
+        self.fusions: dict[str, Fusion] = none_on("the decoder runs as it is")
         self.installation = Installation(self.session)
         self.row_counters = RowCounters(self.session, self.decoder)
-        self._claims = 0  # calls of `patch` that have returned this handle, less the blocks that have ended
+        self._claims = 0  # number of `patch` calls that returned this handle, minus the `with` blocks that have ended
 
     def __repr__(self) -> str:
         return f"fmd_ext.Handle({type(self.model).__name__}, {self.adapter.name}, {self.config})"
 
     @property
     def is_in_force(self) -> bool:
-        """Whether this patch is what runs: it is on the model, and nothing has replaced its methods or parts since."""
+        """Whether the model's calls run this patch: it is on, and nothing has replaced its methods or modules."""
         if handle_of(self.model) is not self or self.installation.replaced:
             return False
         if self.adapter.find_decoder(self.model) is not self.decoder:
             return False
         return not (self.config.fork_layers or self.runner.wanted) or not self._other_attention()
+
+    @property
+    def asked_for(self) -> tuple[FMDConfig, Adapter, bool | None, bool | None]:
+        """What `patch` was given, settings resolved."""
+        return self.config, self.adapter, self.runner.wanted, self.wants_fusions
 
     @property
     def _is_on(self) -> bool:
@@ -110,6 +129,31 @@ class Handle:
         """
         return self.session.labels(modality_labels)
 
+    def routed(self, routes: Routes) -> contextlib.AbstractContextManager:
+        """A context in which the samples of all calls have ``routes``, given by hand: nothing is asked.
+
+        Who forks is decided by the first call on a cache, weights by each call. Any ``text_weight`` of the settings
+        gives way to them. When ``generate`` repeats samples, routes repeat with them.
+        """
+        return self.session.routed(routes)
+
+    def routes(self, questions: Sequence[str]) -> Routes:
+        """What ``questions`` need, as prompts with these questions would be routed.
+
+        Raises ValueError where ``text_weight`` is not "auto".
+        """
+        if self._asking is None:
+            raise ValueError(
+                f"nothing is asked with text_weight={self.config.text_weight}; patch with text_weight='auto'"
+            )
+        with self.session.lock:
+            return self._asking.routes(questions)
+
+    @property
+    def last_routes(self) -> Routes | None:
+        """Those of the last prompt; None where nothing was asked."""
+        return None if self._asking is None else self._asking.last
+
     # --- installation -------------------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -120,10 +164,18 @@ class Handle:
                 if self.config.fork_layers or self.runner.wanted:
                     self._install_decoder()
                 if self.entry is not self.decoder:
-                    more = labels, self.adapter.branch_inputs
-                    put.override(self.entry, "forward", EntryForward, *more, context=no_context)
+                    put.override(
+                        self.entry,
+                        "forward",
+                        EntryForward,
+                        labels,
+                        self._asking,
+                        self.adapter.branch_inputs,
+                        context=no_context,
+                    )
                 if hasattr(self.entry, "generate"):
-                    put.override(self.entry, "generate", EntryGenerate, labels, self.runner, context=no_context)
+                    more = labels, self._asking, self.runner
+                    put.override(self.entry, "generate", EntryGenerate, *more, context=no_context)
                 for module in {id(m): m for m in (self.model, self.entry, self.decoder)}.values():
                     put.refuse_replicas(module)
                 for module in {id(m): m for m in (self.model, self.entry)}.values():
@@ -138,16 +190,9 @@ class Handle:
         put.override(decoder, "forward", ForkedDecoder, self.adapter.embed, context=self._decoder_call)
         if hasattr(decoder, self.adapter.deepstack):
             put.override(decoder, self.adapter.deepstack, PackedDeepstack)
-        attention = [module for layer in decoder.layers for module in attention_modules(layer, self.adapter)]
-        for module in (decoder, *attention):
+        for module in (decoder, *(m for layer in decoder.layers for m in attention_modules(layer, self.adapter))):
             put.branch_config(module)
-        reasons = [why_not_fused(module, self.adapter.rotary) for module in attention]
-        self.why_not_fused = next(filter(None, reasons), "")
-        for module, reason in zip(attention, reasons, strict=True):
-            if not reason:
-                put.override(module, "forward", FusedRotation, self.adapter.rotary)
-        for module in (m for part in (*decoder.layers, decoder.norm) for m in part.modules() if is_plain(m)):
-            put.override(module, "forward", FusedNorm)
+        self.fusions = put_on(put, decoder, self.adapter, self.wants_fusions)
         first = self.config.fork_layers if isinstance(self.config.fork_layers, int) else 1  # auto forks at least one
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             put.pre_hook(module, MergeHook(self.session, index))
@@ -181,7 +226,9 @@ def patch(
     config: FMDConfig | None = None,
     *,
     adapter: str | Adapter | None = None,
+    processor: Any = None,
     runner: bool | None = None,
+    fusions: bool | None = None,
     **overrides: Any,
 ) -> Handle:
     """Switches fork-merge decoding on for ``model`` (this instance only).
@@ -196,9 +243,13 @@ def patch(
         adapter: an adapter or its name, where the model's own type does not say. ``"text"`` serves any Llama- or
             Qwen-like decoder; labels are then passed as ``modality_labels`` to ``forward`` or ``generate``, and
             ``branch_embeds`` beside ``inputs_embeds`` where labels say that positions are joint.
+        processor: the model's processor, or a `Router` made of one. ``text_weight="auto"`` needs it, to read questions
+            and to ask the model about them.
         runner: whether ``generate`` decodes over static buffers, on CUDA by replaying a captured graph. Default: on
             CUDA, with ``fork_layers`` above 0. True: on any device, and with 0 fork layers too, which then run on
             fmd_ext's attention. A call that cannot be run so takes the usual path, with one warning that says why.
+        fusions: whether parts of the decoder run as fewer, larger ops, with the same results up to rounding. Default:
+            those that are not slower on its device. True: all. False: none. ``handle.fusions`` says which are on.
         **overrides: fields of `FMDConfig` that replace those of ``config``.
 
     Returns:
@@ -206,7 +257,7 @@ def patch(
         force, and a block around that leaves the model as it was before the block: patched.
 
     Raises:
-        TypeError: an unsupported model, or a setting of the wrong type.
+        TypeError: an unsupported model, a setting of the wrong type, or ``text_weight="auto"`` without a processor.
         ValueError: a setting out of range, or a model that is patched already with other settings. The model is left
             as it was.
     """
@@ -214,6 +265,8 @@ def patch(
         raise TypeError(f"config must be an FMDConfig, got {config!r}; single settings are given by name: alpha=0.8")
     if runner not in (None, True, False):
         raise TypeError(f"runner must be True, False or None, got {runner!r}")
+    if fusions not in (None, True, False):
+        raise TypeError(f"fusions must be True, False or None, got {fusions!r}")
     chosen = find_adapter(model, adapter)
     decoder = chosen.find_decoder(model)
     resolved = (config or FMDConfig()).replace(**overrides).resolve(chosen.defaults, len(decoder.layers))
@@ -222,6 +275,7 @@ def patch(
             f"{chosen.name} mixes video and audio in every audio-visual embedding, so masking='attention' has no "
             "position to leave out of a branch; use masking='zero', which masks a modality before the two are mixed"
         )
+    router = _router_for(resolved, processor)
     current = handle_of(model)
     if current is not None:
         if not current.is_in_force:
@@ -229,15 +283,29 @@ def patch(
                 "the model was patched, and parts of the patch have been replaced since, as by a library that puts its "
                 "own forward on modules; unpatch it first"
             )
-        if (current.config, current.adapter, current.runner.wanted) == (resolved, chosen, runner):
+        same = current.asked_for == (resolved, chosen, runner, fusions)
+        if same and (router is None or router == current.router):
             current._claims += 1
             return current
-        also = "" if current.config != resolved else f", {current.adapter.name} and runner={current.runner.wanted}"
+        also = ""
+        if current.config == resolved:
+            also = f", {current.adapter.name}, runner={current.runner.wanted} and fusions={current.wants_fusions}"
         raise ValueError(f"the model is patched already, with {current.config}{also}; unpatch it first")
-    handle = Handle(model, chosen, resolved, runner)
+    handle = Handle(model, chosen, resolved, runner, fusions, router)
     handle.install()
     handle._claims = 1
     return handle
+
+
+def _router_for(config: FMDConfig, processor: Any) -> Router | None:
+    if not config.asks or not config.fork_layers:
+        return None
+    if processor is None:
+        raise TypeError(
+            "text_weight='auto' asks the model what each question needs, and reads and writes text by the model's "
+            "processor: patch(model, text_weight='auto', processor=processor)"
+        )
+    return processor if isinstance(processor, Router) else Router(processor)
 
 
 def unpatch(model: nn.Module) -> None:

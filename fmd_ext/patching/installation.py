@@ -135,6 +135,7 @@ class Installation:
         self.is_removed = False
         self._changes: list[Change] = []
         self._hooks: list[Any] = []
+        self._afterwards: list[Callable[[], None]] = []
         self._seen: dict[int, tuple[int, int]] = {}
         self._said = False
 
@@ -172,6 +173,10 @@ class Installation:
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         self._hooks.append(module.register_forward_pre_hook(PythonHook(hook), with_kwargs=True))
 
+    def on_removal(self, function: Callable[[], None]) -> None:
+        """Has ``function`` called when the changes have been taken off."""
+        self._afterwards.append(function)
+
     def refuse_replicas(self, module: nn.Module) -> None:
         """Refuses `nn.DataParallel`: its copies would keep the methods of this instance, which belong to its device."""
         self.set(module, "_replicate_for_data_parallel", _refuse_replicas)
@@ -185,7 +190,7 @@ class Installation:
 
     @property
     def replaced(self) -> list[str]:
-        """Those of the methods that users call that no longer reach their replacement."""
+        """The methods for users (`forward`, `generate`) whose calls no longer reach our replacement."""
         return [str(change) for change in self._guarded() if not change.still_runs]
 
     def refuse_replaced(self) -> None:
@@ -219,7 +224,7 @@ class Installation:
     # --- taking off -------------------------------------------------------------------------------------------------
 
     def remove(self, *roots: nn.Module) -> None:
-        """Takes everything off again, also what copies of patched parts below ``roots`` have brought along."""
+        """Undoes all changes, also in modules below ``roots`` that were copied from patched ones."""
         for hook in self._hooks:
             hook.remove()
         lost = [str(change) for change in reversed(self._changes) if not change.undo()][::-1]
@@ -230,7 +235,9 @@ class Installation:
                 ", ".join(lost[:3]),
                 f" and {len(lost) - 3} more" if len(lost) > 3 else "",
             )
-        self._hooks, self._changes, self.is_removed = [], [], True
+        for function in self._afterwards:
+            function()
+        self._hooks, self._changes, self._afterwards, self.is_removed = [], [], [], True
         for module in (module for root in roots for module in root.modules()):
             _strip(module)
 

@@ -1,4 +1,4 @@
-"""Which labels the positions of a call carry: read off its ids or its embeddings, given by hand, and how many."""
+"""The modality labels of a call: read off its ids or embeddings, or given by hand and checked against its length."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class LabelReader:
         return self.adapter.labels_of(self.model, ids, call)
 
     def of_embeds(self, embeds: torch.Tensor, call: dict[str, Any]) -> torch.Tensor | None:
-        """Labels of ``embeds`` [batch, length, hidden] whose features come in ``call``: a position stands for a clip
-        where it has a placeholder's embedding, which is how transformers puts features into embeddings.
+        """Labels of ``embeds`` [batch, length, hidden]: a placeholder's embedding has its modality.
 
-        None where the call brings no features. Raises ValueError for features of both modalities without a placeholder.
+        transformers finds the positions of features in embeddings by the same comparison. None where ``call`` brings no
+        features. Raises ValueError for features of both modalities without a placeholder.
         """
         sources = [source for source in self.adapter.sources if source.is_fed_by(call)]
         if not sources:
@@ -71,7 +71,7 @@ def cached(call: dict[str, Any]) -> int:
 
 
 def covering_prompt(labels: Any, length: int, virtual: int) -> np.ndarray:
-    """Labels given by hand for a prompt of ``length`` positions, and ``virtual`` ones put before it, which are text.
+    """Labels given by hand for a prompt of ``length`` positions, with text labels for ``virtual`` positions before it.
 
     Raises ValueError for labels of another length.
     """
@@ -88,9 +88,9 @@ def covering_prompt(labels: Any, length: int, virtual: int) -> np.ndarray:
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """Positions that PEFT's prompt learning puts before the prompt of the running ``generate``.
+    """Number of positions that PEFT's prompt learning puts before the prompt of the running ``generate``.
 
-    PEFT (0.21) has ``generate`` of the base model prepare its inputs by the wrapper's method meanwhile.
+    While PEFT (0.21) generates, ``prepare_inputs_for_generation`` of the base model is a method of the wrapper.
     """
     wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
     config = getattr(wrapper, "active_peft_config", None)
@@ -116,5 +116,5 @@ def prompt_ids(call: dict[str, Any]) -> torch.Tensor | None:
 
 
 def only_new(ids: torch.Tensor, mask: Any, past: int) -> bool:
-    """Whether ``ids`` leave out what is cached: where the mask has another length, as transformers decides it."""
+    """Whether ``ids`` are the new positions only: their length differs from the mask's, which is transformers' rule."""
     return past > 0 and mask is not None and mask.shape[1] != ids.shape[1]

@@ -1,11 +1,11 @@
-"""The question about a question: which modality its answer needs. Its wording is data, one per language."""
+"""What the model is asked about a user's question: which modality its answer needs. One wording per language."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 
-NEEDS = ("visual", "audio", "both")  # what a question may need, in the order of a route's probabilities
+from fmd_ext.engine.routes import NEEDS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,7 @@ def refuse_unsupported(decoder: nn.Module, adapter: Adapter) -> None:
 
 
 def _window(decoder: nn.Module, attention: nn.Module) -> int | None:
-    """The sliding window of a layer, which not every decoder with such a setting has."""
+    """The sliding window of a layer; None where the decoder has the setting but its code does not use it."""
     if "sliding_window" in attention.__dict__:
         return attention.__dict__["sliding_window"]
     for part, name in ((attention, "sliding_window"), (decoder, "create_sliding_window_causal_mask")):

@@ -1,4 +1,4 @@
-"""Adapters of PEFT that count samples or positions in the input of a linear: packed rows have neither."""
+"""Adapters of PEFT that read samples or positions off the shape of a layer's input, which packed rows do not have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from fmd_ext.engine.session import Session
 
-# What PEFT 0.21 hands to a layer's adapters for one call, by a forward pre-hook that binds it.
+# PEFT 0.21 hands these arguments to a layer's adapters for one call, bound in a forward pre-hook.
 PER_SAMPLE = "adapter_names"
 REFUSED = {
     "alora_offsets": "an aLoRA adapter, which counts positions from the end of a sample",
@@ -35,10 +35,10 @@ class RowCounters:
         self._adapters: list[nn.Module] | None = None
 
     def served(self, is_prompt: bool) -> contextlib.AbstractContextManager:
-        """The context of a decoder's call, in which adapters that are chosen by sample (``adapter_names``) get one
-        name per row, of rows that look like samples.
+        """The context of a decoder's call. Adapters chosen per sample (``adapter_names``) get one name per row, and
+        a layer's input in which every row is a sample.
 
-        Raises ValueError where others take part that count.
+        Raises ValueError where another adapter that counts samples or positions is active.
         """
         if is_prompt or self._adapters is None:
             own = (module for part in (*self.decoder.layers, self.decoder.norm) for module in part.modules())
@@ -92,7 +92,7 @@ def _pack(module: nn.Module, args: tuple, out: torch.Tensor) -> torch.Tensor:
 
 
 def _bound(hook: Any) -> tuple[str, ...]:
-    """Names of the values that a hook of PEFT has been made with."""
+    """Names of the arguments that are bound in a hook of PEFT."""
     if isinstance(hook, functools.partial):
         return tuple(hook.keywords)
     return getattr(getattr(hook, "__code__", None), "co_freevars", ())

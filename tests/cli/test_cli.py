@@ -21,8 +21,9 @@ from fmd_ext.config import FMDConfig
 from fmd_ext.inputs.chat import prepare_inputs
 from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.cli import demo
+from fmd_ext.lab.evidence.__main__ import demo_figures
 from fmd_ext.lab.tiny import tiny_processor, write_clip
-from fmd_ext.lab.trained import SETTINGS, bundled_scenes
+from fmd_ext.lab.trained import FIGURES, ROUTED, SETTINGS, bundled_scenes
 from fmd_ext.torchvision_mend import torchvision_advice
 from paths import ROOT
 
@@ -96,7 +97,7 @@ ASK = ("ask", "clip.mp4", "What?", "--model", "./model")
         ((*ASK, "--vanilla", "--compare"), "not allowed with argument --vanilla"),
         ((*ASK, "--fps", "0"), "argument --fps: must be above 0, got 0"),
         ((*ASK, "--fps", "two"), "argument --fps: must be a number, got 'two'"),
-        ((*ASK, "--text-weight", "half"), "argument --text-weight: must be a number, got 'half'"),
+        ((*ASK, "--text-weight", "half"), "argument --text-weight: a number, visual=A,audio=B or auto, got 'half'"),
         ((*ASK, "--max-frames", "0"), "argument --max-frames: must be 1 or more, got 0"),
         ((*ASK, "--max-frames", "many"), "argument --max-frames: must be a whole number, got 'many'"),
         ((*ASK, "--max-new-tokens", "40000"), "the model's limit is 32768"),
@@ -190,56 +191,45 @@ def test_the_built_in_model_answers_about_a_bundled_clip(fmd):
     assert code == 0 and "of 6 layers forked" in out
 
 
-def test_the_demo_shows_answers_attention_and_timings(fmd):
-    code, out, _ = fmd("demo", "--seed", "4", "--max-new-tokens", "3", "--fork-layers", "2", "--masking", "attention")
+def test_the_demo_shows_answers_of_three_methods_and_timings(fmd, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "demo.png"
+    code, out, _ = fmd("demo", "--seed", "4", "--max-new-tokens", "3", "--fork-layers", "2", "--masking", "attention",
+                       "--picture", str(picture))  # fmt: skip
     assert code == 0
     assert "built-in model, trained on synthetic clips" in out
-    assert "fork-merge decoding: 2 of 6 layers forked, masking attention" in out
+    assert "FMD: 2 of 6 layers forked, masking attention, text weight 0.5" in out
+    assert (
+        "FMD routed: 2 of 6 layers forked, masking attention, text weight by the question (visual 0.8, audio 0.2)"
+        in out
+    )
     assert re.search(r"bundled clip \d+\.mp4: shows .*, sounds like .* \(swapped\)", out)
     assert "clip made on the spot (--seed 4): shows " in out
-    marks = [out.count(f"({mark})") for mark in ("right", "wrong")]
-    counted = re.search(r"^right: vanilla (\d+) of (\d+), fork-merge decoding (\d+) of (\d+)$", out, re.M)
-    vanilla, asked, forked, too = map(int, counted.groups())
-    assert asked == too and marks == [vanilla + forked, 2 * asked - vanilla - forked]
-    assert demo.EVIDENCE in " ".join(out.split())
-    assert out.count("fork-merge") >= 4 and len(re.findall(r"│ Is the \w+", out)) >= 6
-    rows = {}
-    for line in out.splitlines():
-        found = re.match(r"│ +(\S.*?) +│ +(\S+) │ +([\d.]+)% │ +([\d.]+)% │ +([\d.]+)% │", line)
-        if found:
-            rows[found[1]] = (found[2], *map(float, found.groups()[2:]))
-    assert list(rows) == ["vanilla", "fork-merge decoding", "visual branch", "audio branch", "merged"]
-    assert [row[0] for row in rows.values()] == ["1-6", "1-6", "1-2", "1-2", "3-6"]
-    assert all(sum(row[1:]) == pytest.approx(100, abs=0.2) for row in rows.values())
-    assert rows["visual branch"][2] == 0 and rows["audio branch"][1] == 0 and min(rows["vanilla"][1:]) > 0
-    assert len(re.findall(r"│ +\d+ ms │ +[\d.]+ │ +3 │", out)) == 2
+    counted = re.search(r"^right: vanilla (\d+) of (\d+), FMD (\d+) of (\d+), FMD routed (\d+) of (\d+)$", out, re.M)
+    counts = [int(number) for number in counted.groups()]
+    asked = counts[1]
+    assert counts[1::2] == [asked] * 3 and out.count("(wrong)") == 3 * asked - sum(counts[::2])
+    assert " ".join(demo.evidence().split()) in " ".join(out.split())
+    assert len(re.findall(r"│ Is the \w+", out)) >= 6
+    assert len(re.findall(r"│ +\d+ ms │ +[\d.]+ │ +3 │", out)) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG") and f"picture: {picture}" in out
 
 
 def test_the_demo_says_what_the_evidence_page_says():
-    """Of the settings in force: the model's own."""
+    """Its figures and settings are those of the record that the page is made of."""
     found = json.loads((ROOT / "docs" / "data" / "evidence.json").read_text())
-    settings = FMDConfig.from_file(SETTINGS)
-    chosen = found["chosen"]["zero"]["settings"]
+    assert json.loads(FIGURES.read_text()) == demo_figures(found)
+    settings, routed = FMDConfig.from_file(SETTINGS), FMDConfig.from_file(ROUTED)
+    chosen = found["chosen"][settings.masking]["settings"]
     assert {name: getattr(settings, name) for name in chosen} == chosen
-    words = {"Video-driven Audio": "the sound", "Audio-driven Video": "the picture", "AV Matching": "both match"}
-    kinds: dict[str, list[str]] = {"worse": [], "no different, as far as can be seen": []}
-    for row in found["test"]["comparisons"][:3]:
-        sure = row["p_adjusted"] < 0.05
-        assert row["masking"] == "zero" and not (sure and row["value"] > 0)
-        kinds["worse" if sure else "no different, as far as can be seen"].append(row["group"])
-    clips = found["test"]["clips"]
-    assert f"Over {clips} test clips (docs/evidence.md)" in demo.EVIDENCE
-    before, after = re.search(
-        r"worse at (.*), and no different, as far as can be seen, at (.*)", demo.EVIDENCE
-    ).groups()
-    for said, groups in ((before, kinds["worse"]), (after, kinds["no different, as far as can be seen"])):
-        assert [part in said for part in words.values()] == [any(map(str.startswith, groups, [p] * 3)) for p in words]
+    row = next(row for row in found["rivals"]["methods"] if row["name"] == "FMD, routed")
+    assert routed == FMDConfig(**row["settings"])
 
 
 def test_the_demo_takes_a_question(fmd):
     code, out, _ = fmd("demo", "--seed", "4", "--question", "Describe what you see.", "--max-new-tokens", "2")
     assert code == 0 and out.count("Describe what") == 2 and "Is the" not in out
-    assert "(right)" not in out and "right:" not in out  # what would be right is not known
+    assert "(wrong)" not in out and "right:" not in out  # what would be right is not known
 
 
 def test_the_entry_point_runs_in_a_process_of_its_own():

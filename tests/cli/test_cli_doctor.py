@@ -16,7 +16,8 @@ import fmd_ext
 from fmd_ext import ops
 from fmd_ext.cli import doctor
 from fmd_ext.cli.forked_call import forked_call
-from fmd_ext.ops import library, selftest
+from fmd_ext.ops import library
+from fmd_ext.ops.registration import operators
 from fmd_ext.torchvision_mend import torchvision_advice
 
 
@@ -40,6 +41,7 @@ def test_doctor_reports_json(fmd):
     for call in calls.values():
         assert call["is_right"] and call["error"] <= call["allowed"] < 1e-3 < call["effect"]
         assert len(call["shortfalls"]) == 2 and max(call["shortfalls"]) < 1e-3
+        assert call["fusions"]["norms"] == "on in 9 modules" and "fusions=True" in call["fusions"]["qkv"]
     on_gpu = torch.cuda.is_available() and libraries["cuda"]["loaded"]
     assert report["decode_runner"]["on_by_default"] == on_gpu and "runner" in report["decode_runner"]["why"]
 
@@ -53,6 +55,7 @@ def test_doctor_in_words(fmd):
         "branched_decode (cpu)",
         "torch_target_version",
         "forked calls",
+        "gate_up (cpu)",
         "decode runner",
     ):
         assert word in out
@@ -68,7 +71,7 @@ def test_doctor_fails_when_the_ops_do_not_load(fmd, monkeypatch):
 
 
 def test_doctor_fails_when_an_op_is_wrong(fmd, monkeypatch):
-    monkeypatch.setattr(selftest.ops, "merge_", lambda *arguments: None)
+    monkeypatch.setattr(operators()["merge_"], "kernel", lambda *arguments: None)
     code, out, _ = fmd("doctor")
     problems = [line for line in out.splitlines() if line.startswith("problem: ")]
     assert code == 1 and problems and all("merge_" in line and "gives a wrong result" in line for line in problems)
@@ -180,15 +183,19 @@ class TestBuild:
         assert doctor._changed_since_built({"cuda": True}) == ""
 
     def test_nothing_compiled_is_no_problem(self, tmp_path, monkeypatch):
-        (tmp_path / "_build_info.json").write_text('{"compiled": false, "reason": "no C++ compiler was found"}')
-        monkeypatch.setattr(fmd_ext, "__file__", str(tmp_path / "__init__.py"))
+        info = tmp_path / "_build_info.json"
+        info.write_text('{"compiled": false, "reason": "no C++ compiler was found"}')
+        monkeypatch.setattr(library, "_BUILD_INFO", info)
         monkeypatch.setitem(sys.modules, "fmd_ext._core", None)  # as where it is not
         monkeypatch.delattr(fmd_ext, "_core", raising=False)
         report = {"problems": [], "warnings": []}
-        assert doctor._build(report) == {"compiled": False, "reason": "no C++ compiler was found"}
+        reason = "this installation has no compiled code: no C++ compiler was found"
+        assert doctor._build(report) == {"compiled": False, "reason": reason}
         assert report["problems"] == [] and "no C++ compiler was found; with one, pip install" in report["warnings"][0]
-        (tmp_path / "_build_info.json").unlink()
-        assert doctor._build(report) is None and len(report["problems"]) == 1
+        info.write_text("{")
+        assert doctor._build(report) is None and "install fmd_ext again" in report["problems"][0]
+        info.unlink()
+        assert doctor._build(report) is None and len(report["problems"]) == 2
 
 
 @pytest.mark.parametrize(

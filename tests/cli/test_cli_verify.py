@@ -24,6 +24,7 @@ def verdicts(out):
 def test_the_built_in_model_equals_two_plain_passes(capsys):
     assert main(["verify", *QUICK]) == 0
     out = capsys.readouterr().out
+    assert "fusion norms: on in" in out and "fusion qkv: off: it pays little on cpu" in out
     assert verdicts(out) == ["equal", "equal"] and "zero" in out and "attention" in out
 
 

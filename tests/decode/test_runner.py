@@ -436,7 +436,7 @@ def test_on_the_cpu_it_is_off_unless_asked_for(thinker, caplog):
 def test_patching_again_and_copies(thinker):
     handle = fmd_ext.patch(thinker, fork_layers=2, runner=True)
     assert fmd_ext.patch(thinker, fork_layers=2, runner=True) is handle
-    with pytest.raises(ValueError, match="and runner=True; unpatch it first"):
+    with pytest.raises(ValueError, match="runner=True and fusions=None; unpatch it first"):
         fmd_ext.patch(thinker, fork_layers=2)
     inputs = build_inputs([VIDEO_AUDIO])
     expected = thinker.generate(**inputs, **GREEDY).tolist()

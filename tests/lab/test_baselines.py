@@ -9,59 +9,14 @@ import torch
 from transformers import GenerationConfig
 
 import fmd_ext
-from fmd_ext.adapters import AUDIO, TEXT, VISUAL, find_adapter
+from fmd_ext.adapters import AUDIO, TEXT, VISUAL
 from fmd_ext.engine.reference import decoder_inputs
-from fmd_ext.lab.baselines import avcd, pai, vcd
+from fmd_ext.lab.baselines import avcd, drop, mad, outro, pai, vcd
 from fmd_ext.lab.baselines.decoding import plausible
 from fmd_ext.lab.baselines.vcd import diffused
-from fmd_ext.lab.interception import intercepting
-from fmd_ext.lab.tiny import TOKEN_IDS
-from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
-
-STEPS = 5
-BATCHES = {
-    "one": [VIDEO_AUDIO],
-    "interleaved": [INTERLEAVED],
-    "mixed": [VIDEO_AUDIO, TEXT_ONLY, AUDIO_VIDEO, VIDEO_ONLY],
-}
-WORDS_ONLY = {"suppress_tokens": list(TOKEN_IDS.values())}
-OPTIONS = {"eos_token_id": None, "output_logits": True, "return_dict_in_generate": True, **WORDS_ONLY}
-
-
-class Oracle:
-    """One sample without padding: every step a full recompute, attention weights as whole matrices."""
-
-    def __init__(self, model, given, index):
-        keep = given["labels"][index] >= 0
-        self.model, self.decoder = model, find_adapter(model).find_decoder(model)
-        self.embeds = given["inputs_embeds"][index : index + 1, keep]
-        self.positions = given["position_ids"][..., index : index + 1, keep]
-        self.labels = given["labels"][index, keep]
-        self.prompt = len(self.labels)
-
-    def logits(self, weights_of, tokens=()):
-        """Of the position after ``tokens``; ``weights_of(layer, scores [heads, n, n])`` gives the attention."""
-        embeds, positions, labels = self.embeds, self.positions, self.labels
-        for token in tokens:
-            embeds = torch.cat([embeds, self.decoder.get_input_embeddings()(torch.tensor([[token]]))], 1)
-            positions = torch.cat([positions, positions[..., -1:] + 1], -1)
-            labels = torch.cat([labels, torch.tensor([TEXT])])
-        self.now = labels
-
-        def attention(attend, module, query, key, value, mask, scale, **kwargs):
-            groups = query.shape[1] // key.shape[1]
-            key, value = key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)
-            scores = query[0] @ key.transpose(-1, -2) * scale
-            scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-            return (weights_of(module.layer_idx, scores) @ value).transpose(0, 1)[None], None
-
-        with intercepting(self.decoder, "self_attn", attention):
-            hidden = self.decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
-        return self.model.lm_head(hidden)[0, -1]
-
-
-def softmax(layer, scores):
-    return scores.softmax(-1)
+from fmd_ext.lab.tiny import tiny_processor
+from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
+from recomputed import BATCHES, OPTIONS, STEPS, WORDS_ONLY, Oracle, build_questions, check, softmax
 
 
 def cut(contrasted, plain, beta):
@@ -131,18 +86,6 @@ def avcd_oracle(oracle, tokens, alpha, beta, min_entropy, last_layer=3):
     return cut(mixed / 4, plain, beta)
 
 
-def check(model, inputs, context, expected_logits, **options):
-    """Logits of every step, with the method's own tokens fed back."""
-    with context:
-        out = model.generate(**inputs, max_new_tokens=STEPS, **OPTIONS, **options)
-    new = out.sequences[:, inputs["input_ids"].shape[1] :]
-    for sample in range(len(new)):
-        for step in range(STEPS):
-            expected = expected_logits(sample, new[sample, :step].tolist())
-            torch.testing.assert_close(out.logits[step][sample], expected, atol=1e-4, rtol=0)
-    return new
-
-
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("modalities", [("visual",), ("visual", "audio")], ids=len)
 def test_vcd_equals_two_full_recomputes(thinker, batch, modalities):
@@ -190,13 +133,21 @@ def test_avcd_equals_full_recomputes(thinker, batch, min_entropy):
     check(thinker, inputs, avcd(thinker, contrast=0.5, beta=0.2, min_entropy=min_entropy), expected, do_sample=False)
 
 
-METHODS = {"vcd": vcd, "pai": pai, "avcd": lambda model: avcd(model, min_entropy=0.0)}
+PROCESSOR = tiny_processor()
+METHODS = {
+    "vcd": vcd,
+    "pai": pai,
+    "avcd": lambda model: avcd(model, min_entropy=0.0),
+    "mad": lambda model: mad(model, processor=PROCESSOR),
+    "outro": lambda model: outro(model, least=0.0, ratio=1.0),
+    "drop": lambda model: drop(model, needs="audio"),
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_sampling_draws_from_the_changed_distribution(thinker, name):
     """With one token allowed, sampling is greedy; with a seed it repeats; and it differs from the plain model's."""
-    inputs = build_inputs([VIDEO_AUDIO, AUDIO_VIDEO])
+    inputs = build_questions([VIDEO_AUDIO, AUDIO_VIDEO], PROCESSOR)
     options = {"max_new_tokens": 4, "eos_token_id": None}
     with METHODS[name](thinker):
         greedy = thinker.generate(**inputs, **options, do_sample=False)
@@ -214,7 +165,7 @@ def test_sampling_draws_from_the_changed_distribution(thinker, name):
 def test_a_second_turn_and_a_model_left_as_it_was(thinker, name):
     modules = list(thinker.modules())
     before = [dict(module.__dict__) for module in modules]
-    inputs = build_inputs([VIDEO_AUDIO])
+    inputs = build_questions([VIDEO_AUDIO], PROCESSOR)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, **WORDS_ONLY}
     with METHODS[name](thinker):
         cache = thinker(**inputs).past_key_values

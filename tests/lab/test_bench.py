@@ -40,6 +40,7 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
     for variant in ("merged", "zero", "attention"):
         assert candidates[f"branched_prefill/{variant}"] == candidates[f"branched_decode/{variant}"] == attention
     models = ["vanilla", "attention masking", "zero masking", "zero masking, alpha auto", "two passes"]
+    models += ["attention masking, asked first"]
     assert candidates["model_prefill/tiny"] == models
     static = [f"{name}, runner" for name in models[:3]]
     assert candidates["model_decode/tiny"] == models + static

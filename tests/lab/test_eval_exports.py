@@ -110,7 +110,7 @@ def test_official_records_hold_the_question_and_the_response(folders, name):
     assert set(OFFICIAL) == set(BENCHMARKS)
     if name == "video-mme":
         assert rows[0]["video_id"] == "fFjv93ACGo8" and flat[0]["options"][2] == "C. Three."
-    elif name == "avhbench":
+    elif name.startswith("avhbench"):
         assert [{key: row[key] for key in ("video_id", "task", "text", "label")} for row in rows] == records(name)
     elif name == "avqa":
         published = [record for record in records(name) if record["multi_choice"]]
@@ -119,6 +119,15 @@ def test_official_records_hold_the_question_and_the_response(folders, name):
         ]
     elif name == "worldsense":
         assert rows[0]["candidates"] == ["A. Hello", "B. Goodbye", "C. Nothing"] and rows[0]["answer"] == "A"
+    elif name == "cmm":
+        paths = [(None, "visual-language/a.mp4"), ("audio-language/b.wav", None)]
+        assert [(row["audio_path"], row["video_path"]) for row in rows[:2]] == paths
+        assert [row["answer"] for row in rows] == ["yes", "no", "no"] and rows[2]["video_path"] == "visual-audio/c.mp4"
+    elif name.startswith("daily-omni"):
+        keys = ("video_id", "Question", "Choice", "Answer", "Type")
+        assert [{key: row[key] for key in keys} for row in rows] == [
+            {key: record[key] for key in keys} for record in records(name)
+        ]
     else:
         assert rows[2]["type"] == '["Audio-Visual", "Comparative"]' and rows[1]["anser"] == "acoustic guitar"
 

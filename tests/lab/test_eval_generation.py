@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from eval_model import readable
+from fmd_ext.lab.baselines.mad import ONE_MODALITY
+from fmd_ext.lab.baselines.outro import NO_SINK
 from fmd_ext.lab.eval.generation import (
     THINKING_TOKENS,
     Decoding,
@@ -19,7 +21,8 @@ from fmd_ext.lab.eval.generation import (
 )
 from fmd_ext.lab.eval.methods import parse_methods
 from fmd_ext.lab.tiny import tiny_processor, tiny_thinker
-from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
+from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
+from recomputed import build_questions
 
 (VANILLA,) = parse_methods("vanilla")
 
@@ -108,3 +111,19 @@ def test_a_model_that_thinks_aloud_gets_the_tokens_for_it():
     alone = types.SimpleNamespace(tokenizer=types.SimpleNamespace(chat_template="<think>"))
     assert token_limits(alone, {"word": 8}) == {"word": 8 + THINKING_TOKENS}
     assert token_limits(tiny_processor(), {"word": 8}) == {"word": 8}
+
+
+def test_what_a_method_says_of_the_prompts_is_kept(model):
+    """A baseline that does not act, or that has changed the prompt, says so per answer; other methods say nothing."""
+    processor = tiny_processor()
+    inputs = build_questions([VIDEO_AUDIO, VIDEO_ONLY], processor)
+    notes = {
+        method: answer(model, processor, *parse_methods(method), inputs, Decoding(), max_new_tokens=1).notes
+        for method in ("vanilla", "outro", "drop:needs=audio", "mad")
+    }
+    assert notes == {
+        "vanilla": [{}, {}],
+        "outro": [{NO_SINK: ""}] * 2,
+        "drop:needs=audio": [{"video dropped": ""}, {}],
+        "mad": [{}, {ONE_MODALITY: ""}],
+    }

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import fmd_ext
+from fmd_ext.adapters import find_adapter
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
-from omni_inputs import VIDEO_AUDIO, build_inputs
+from fmd_ext.lab.tiny import tiny_processor
+from omni_inputs import VIDEO_AUDIO
+from recomputed import build_questions
+
+PROCESSOR = tiny_processor()
 
 
 def test_parse_methods():
@@ -53,13 +59,14 @@ def test_wrong_choices_are_named(text, message):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_leaves_no_trace(thinker, name):
     """After the method, and after an error within it, the model generates what it generated before."""
-    inputs = build_inputs([VIDEO_AUDIO])
+    inputs = build_questions([VIDEO_AUDIO], PROCESSOR)
     before = thinker.generate(**inputs, max_new_tokens=4, do_sample=False)
     choice = Choice(METHODS[name], {})
-    with choice.applied(thinker) as settings:
+    with choice.applied(thinker, PROCESSOR) as settings:
         assert thinker.generate(**inputs, max_new_tokens=4, do_sample=False).shape[0] == 1
-    assert isinstance(settings, dict)
-    with pytest.raises(RuntimeError, match="stop"), choice.applied(thinker):
+    assert isinstance(settings, dict) and "processor" not in settings
+    json.dumps(settings)
+    with pytest.raises(RuntimeError, match="stop"), choice.applied(thinker, PROCESSOR):
         raise RuntimeError("stop")
     assert torch.equal(thinker.generate(**inputs, max_new_tokens=4, do_sample=False), before)
     assert fmd_ext.handle_of(thinker) is None
@@ -82,3 +89,48 @@ def test_vanilla_refuses_a_patched_model(thinker):
     with fmd_ext.patch(thinker), pytest.raises(ValueError, match="patched already"):
         with Choice(METHODS["vanilla"], {}).applied(thinker):
             pass
+
+
+# Settings under which the declared passes are those of every step.
+ALWAYS = {"avcd": {"min_entropy": 0.0}, "drop": {"needs": "audio"}}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("fmd")])
+def test_the_passes_that_a_method_declares_are_those_that_it_makes(thinker, name):
+    """Of the methods that call the model's own forward: fork-merge decoding may decode by a step of its own."""
+    inputs = build_questions([VIDEO_AUDIO], PROCESSOR)
+    method = METHODS[name]
+    calls = []
+    decoder = find_adapter(thinker).find_decoder(thinker)
+    with Choice(method, ALWAYS.get(name, {})).applied(thinker, PROCESSOR):
+        with decoder.register_forward_pre_hook(lambda *_: calls.append(1)):
+            thinker.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=None)
+            prompt = len(calls)
+            calls.clear()
+            thinker.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert (prompt, len(calls) - prompt) == (method.passes.prompt, 3 * method.passes.token)
+
+
+def test_passes_in_words():
+    assert str(METHODS["vanilla"].passes) == "1 prefill, 1 pass per token"
+    assert str(METHODS["mad"].passes) == "5 prefills, 4 passes per token (one prefill asks)"
+
+
+@pytest.mark.parametrize("name", ["mad", "drop"])
+def test_a_method_that_reads_prompts_says_that_it_needs_the_processor(thinker, name):
+    with pytest.raises(ValueError, match=f"method {name} reads prompts: it needs the model's processor"):
+        Choice(METHODS[name], {}).applied(thinker)
+
+
+def test_routing_is_a_method_and_a_setting(thinker):
+    """Both read prompts, so both are handed the processor."""
+    routed, asked = parse_methods('fmd-routed:fork_layers=2,fmd-zero:text_weight={"visual":0.8,"audio":0.2}')
+    router = fmd_ext.Router(tiny_processor())
+    with routed.applied(thinker, router) as settings:
+        assert settings["masking"] == "attention" and settings["text_weight"] == "auto" and settings["fork_layers"] == 2
+    with asked.applied(thinker, router) as settings:
+        assert settings["masking"] == "zero" and settings["text_weight"] == {"visual": 0.8, "audio": 0.2}
+    for choice in (routed, asked):
+        with pytest.raises(ValueError, match="needs the model's processor"):
+            choice.applied(thinker)
+    assert "text only" in str(METHODS["fmd-routed"].passes)

@@ -111,17 +111,19 @@ def test_what_became_of_the_questions_is_on_the_page(results, tmp_path):
         "clip without sound": str(count - count // 2),
     }
     assert "<title>AVHBench: vanilla, fmd, fmd α0.9</title>" in text and ">fmd:alpha=0.9<" in text  # short, and in full
+    assert text.count('data-name="cost">1 prefill, 1 pass per token') == 3
 
 
 def test_methods_have_short_names_that_differ():
     methods = ["vanilla", "fmd:fork_layers=7:alpha=0.80", "fmd:fork_layers=7:alpha={'visual':0.9,'audio':0.5}"]
-    methods += ["vcd:modalities=('visual',)", "vcd:modalities=('audio',)", "another system"]
+    methods += ["vcd:modalities=('visual',)", "vcd:modalities=('audio',)", "drop:needs=audio", "another system"]
     assert list(short_names(methods).values()) == [
         "vanilla",
         "fmd L7 α0.8",
         "fmd L7 α0.9/0.5",
         "vcd",
         "vcd (2)",
+        "drop audio",
         "another system",
     ]
 

@@ -267,7 +267,8 @@ def test_the_official_protocols_read_as_the_scripts_do(tmp_path):
     cell = official(tmp_path / "c", "worldsense", texts, CHOICES)
     assert (cell.accuracy.value, cell.unparsed) == (0.75, 0.0)
     with pytest.raises(
-        ResultsError, match="AVQA has no script of its own that reads text.*avhbench, video-mme, worldsense"
+        ResultsError,
+        match="AVQA has no script of its own that reads text.*avhbench, avhbench-deduplicated, video-mme, worldsense",
     ):
         official(tmp_path / "d", "avqa", ["B"] * 4, CHOICES)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import fmd_ext
 from fmd_ext.inputs.chat import prepare_inputs
 from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.synthetic import KINDS, questions_about, split_scenes
@@ -133,6 +134,43 @@ def test_a_pool_of_other_clips_is_refused(processor, tmp_path):
     assert Pool.load(tmp_path).frames.shape[0] == 1
     with pytest.raises(ValueError, match="holds other clips"):
         build_pool(tmp_path, processor, split_scenes("val", 1))
+
+
+def test_what_a_question_needs_is_asked_as_a_patched_model_asks_it(processor, pool):
+    """Token for token the prompt of the router; the answers are those that it reads."""
+    router = fmd_ext.Router(processor)
+    thinker = model(processor)
+    opening = opening_of(thinker, processor, None)
+    mixture = sampling.Mixture({"asked": 6}, agreeing=0.0)
+    samples = sampling.draw_samples(pool, mixture, np.random.default_rng(0))["asked"]
+    answers = set()
+    for sample in samples:
+        assert sample.picture is None and sample.sound is None and len(sample.questions) == 5
+        for prompt, answer in sample.questions:
+            question = prompt.removesuffix(router.wording.about(""))
+            ids = [*opening.ids.tolist(), *processor.tokenizer(prompt)["input_ids"], *opening.closing]
+            assert ids == router.prompt_ids(question)
+            need = {"video": 0, "audio": 1, "both": 2}[answer]
+            assert processor.tokenizer(answer)["input_ids"][0] in router.answers[need]
+            answers.add(answer)
+    assert answers == {"video", "audio", "both"}
+
+
+def test_a_model_that_is_never_asked_sees_the_same_of_all_else(processor, pool, monkeypatch):
+    drawn = {}
+    features = Trainer._features
+    for asked in (0, 2):
+
+        def note(self, batch, rng, asked=asked):
+            drawn[asked] = {sort: list(samples) for sort, samples in batch.items()}
+            return features(self, batch, rng)
+
+        monkeypatch.setattr(Trainer, "_features", note)
+        monkeypatch.setattr(loop, "MIXTURES", {"apart": sampling.Mixture(FEW, agreeing=0.9)})
+        with torch.enable_grad():
+            Trainer(model(processor), processor, pool, Schedule(steps=10, asked=asked), seed=3).run_step()
+    assert len(drawn[2].pop("asked")) == 2 and drawn[0].pop("asked") == []
+    assert drawn[0] == drawn[2]
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import torch
 
 from attention_cases import Group, assert_as_exact, expected, make_case
 from fmd_ext import ops
-from fmd_ext.ops import dispatch, library, operators, selftest
+from fmd_ext.ops import dispatch, library, selftest
 from fmd_ext.ops.dispatch import Facts, Path, decide
+from fmd_ext.ops.registration import operators
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 H200 = Facts("cuda", BFLOAT16, 128, capability=(9, 0))
@@ -108,20 +109,20 @@ class TestACapabilityThatNoTestRanOn:
     def test_kernels_that_pass_the_check_run(self):
         assert self.found() == Path("kernel", "checked here, since no test has run on compute capability 8.6", True)
 
-    @pytest.mark.parametrize("op", ["_append", "_rope_append", "_merge"])
+    @pytest.mark.parametrize("op", ["append_", "rope_append_", "merge_"])
     def test_kernels_that_fail_it_do_not(self, monkeypatch, caplog, op):
-        monkeypatch.setattr(operators, op, lambda *arguments: None)
+        monkeypatch.setattr(operators()[op], "kernel", lambda *arguments: None)
         with caplog.at_level(logging.WARNING):
             path = self.found()
         assert path.name == "torch"
-        assert re.match(rf"the check of the kernels failed on this GPU \({op[1:]}_ of bfloat16 gives a wrong", path.why)
+        assert re.match(rf"the check of the kernels failed on this GPU \({op} of bfloat16 gives a wrong", path.why)
         assert [path.why in record.getMessage() for record in caplog.records] == [True]
 
     def test_a_launch_that_is_refused_counts_as_failed(self, monkeypatch):
         def refused(*arguments):
             raise RuntimeError("no kernel image is available for execution on the device")
 
-        monkeypatch.setattr(operators, "_decode", refused)
+        monkeypatch.setattr(operators()["branched_decode"], "kernel", refused)
         path = self.found()
         assert path.name == "torch" and "no kernel image is available" in path.why
 
@@ -167,8 +168,9 @@ class TestSplit:
     def told(self, monkeypatch):
         """What the kernel was told in each call of the op."""
         seen = []
-        run = operators._decode
-        monkeypatch.setattr(operators, "_decode", lambda *arguments: seen.append(arguments[-1]) or run(*arguments))
+        op = operators()["branched_decode"]
+        run = op.kernel
+        monkeypatch.setattr(op, "kernel", lambda *arguments: seen.append(arguments[-1]) or run(*arguments))
         return seen
 
     def test_it_is_fixed_where_it_is_asked_for(self, told):

@@ -98,7 +98,7 @@ def test_a_library_of_another_schema_version_is_refused(before_load, monkeypatch
 def test_a_library_of_other_sources_is_named(monkeypatch):
     monkeypatch.setattr(torch.ops, "fmd_ext", types.SimpleNamespace())
     with pytest.raises(ImportError, match=r"libfmd_ext_cpu\.so was built from other sources .* build it again"):
-        importlib.reload(importlib.import_module("fmd_ext.ops.operators"))
+        importlib.reload(importlib.import_module("fmd_ext.ops.merge"))
 
 
 @pytest.mark.skipif(library.load()["cuda"].loaded, reason="the CUDA library is loaded: there is a kernel to choose")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from fmd_ext import ops
-from fmd_ext.ops import dispatch, operators
+from fmd_ext.ops import dispatch
+from fmd_ext.ops.registration import operators, refuse_by_value_error
 
 ROWS, HEADS, KV_HEADS, DIM, SLOTS = 5, 4, 2, 16, 30
 
@@ -150,6 +152,28 @@ def test_good_arguments_are_accepted(op, path):
         getattr(ops, op)(**good(op))
 
 
+@pytest.mark.parametrize("op", ops.__all__)
+def test_the_first_argument_is_a_tensor(op):
+    first, *_ = inspect.signature(getattr(ops, op)).parameters
+    with pytest.raises(TypeError, match=f"fmd_ext::{op}: {first} is None, accepted is a tensor"):
+        getattr(ops, op)(**(good(op) | {first: None}))
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_arguments_that_are_missing_or_too_many(op):
+    (first, value), *others = good(op).items()
+    with pytest.raises(TypeError, match=f"missing a required argument: '{first}'"):
+        getattr(ops, op)(**dict(others))
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        getattr(ops, op)(*[value] * 20)
+
+
+def test_every_op_has_a_self_test_and_a_kernel_of_its_own():
+    known = operators()
+    assert list(known) == ops.__all__
+    assert [name for name, op in known.items() if op.self_test is None or op.kernel is op.on_torch] == []
+
+
 def assert_refused(path, op, argument, value, message):
     gap = "" if message.startswith("[") else " "
     said = re.escape(f"fmd_ext::{op}: {argument}{gap}{message}")
@@ -206,5 +230,5 @@ def test_what_newer_torch_makes_of_a_refusal(said, kind):
         raise RuntimeError(said)
 
     with pytest.raises(kind, match=re.escape(said)) as caught:
-        operators.refuse_by_value_error(op)(1, 2)
+        refuse_by_value_error(op)(1, 2)
     assert caught.type is kind

@@ -15,7 +15,7 @@ from test_ops_rope_append import make as make_rope_append
 
 from attention_cases import DTYPES, HEADS, Group, assert_as_exact, assert_attention, expected, make_case, shared_case
 from fmd_ext import ops
-from fmd_ext.ops import dispatch, torch_path
+from fmd_ext.ops import branched_attention, dispatch
 
 BOTH = pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
 
@@ -45,7 +45,7 @@ def test_blocks_of_queries(monkeypatch, block):
     """Queries in blocks of any size see what all of them at once see, those that see nothing among them."""
     groups = [*MIXED, Group(9, 4), Group(9, 4, 3)]
     case = make_case(groups, (6, 2), 64, torch.float32)
-    monkeypatch.setattr(torch_path, "BLOCK_QUERIES", block)
+    monkeypatch.setattr(branched_attention, "BLOCK_QUERIES", block)
     assert_attention(attend(case, False), expected(case), expected(case, torch.float32))
 
 
@@ -111,22 +111,22 @@ def test_merge(dtype):
 
 def test_index_values_are_read_back_once(monkeypatch):
     """Of tensors on a device: once per tensor, and again when it has changed."""
-    monkeypatch.setattr(torch_path, "HOST", "no type of device")
-    torch_path._read.clear()
+    monkeypatch.setattr(branched_attention, "HOST", "no type of device")
+    branched_attention._read.clear()
     values = torch.tensor([1, 2, 3])
-    first = torch_path._on_host(values)
-    assert first == [1, 2, 3] and torch_path._on_host(values) is first
+    first = branched_attention._on_host(values)
+    assert first == [1, 2, 3] and branched_attention._on_host(values) is first
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             before = values.tolist()
             values.add_(1)
-            assert torch_path._on_host(values) == [x + 1 for x in before]
+            assert branched_attention._on_host(values) == [x + 1 for x in before]
     view = values[:2]
-    assert torch_path._on_host(view) == values[:2].tolist()
+    assert branched_attention._on_host(view) == values[:2].tolist()
     values.add_(1)  # as the decode runner advances its buffer, of which a plan's tensors are views
-    assert torch_path._on_host(view) == values[:2].tolist()
+    assert branched_attention._on_host(view) == values[:2].tolist()
     with torch.inference_mode():
-        held = torch_path._on_host(plan := torch.tensor([7, 8]))
-        assert held == [7, 8] and torch_path._on_host(plan) is held
+        held = branched_attention._on_host(plan := torch.tensor([7, 8]))
+        assert held == [7, 8] and branched_attention._on_host(plan) is held
     del values, view, plan
-    assert len(torch_path._read) == 0
+    assert len(branched_attention._read) == 0

@@ -57,7 +57,7 @@ def test_patched_norms_give_the_same_bits_and_go_again(thinker, monkeypatch):
         fused = thinker(**inputs).logits
     assert len(seen) == 2 * 4 + 1
     assert not any("forward" in module.__dict__ for module in (decoder.norm, decoder.layers[0].input_layernorm))
-    monkeypatch.setattr("fmd_ext.patching.handle.is_plain", lambda module: False)
+    monkeypatch.setattr(norms, "is_plain", lambda module: False)
     with fmd_ext.patch(thinker, fork_layers=2):
         assert torch.equal(thinker(**inputs).logits, fused)
     assert len(seen) == 9

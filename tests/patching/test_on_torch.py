@@ -36,7 +36,8 @@ import fmd_ext
 from fmd_ext import FMDConfig, ops
 from fmd_ext.engine.reference import reference_logits
 from fmd_ext.lab.tiny import tiny_thinker
-from fmd_ext.ops import dispatch, torch_path
+from fmd_ext.ops import dispatch
+from fmd_ext.ops.registration import operators
 from omni_inputs import AUDIO_VIDEO, TEXT_ONLY, build_inputs
 
 
@@ -56,8 +57,8 @@ def test_every_op_of_a_call_runs_there(thinker, monkeypatch):
 
         return run
 
-    for name in ops.__all__:
-        monkeypatch.setattr(torch_path, name, noting(name, getattr(torch_path, name)))
+    for name, op in operators().items():
+        monkeypatch.setattr(op, "on_torch", noting(name, op.on_torch))
     handle = fmd_ext.patch(thinker, fork_layers=2, masking="zero")
     thinker.generate(**build_inputs([AUDIO_VIDEO]), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert ran == set(ops.__all__) - {"append_"}  # rope_append_ appends

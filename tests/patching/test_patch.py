@@ -27,6 +27,7 @@ from omni_inputs import (
     WITH_IMAGE,
     build_inputs,
 )
+from traces import snapshot
 
 BATCHES = {
     "separate": [VIDEO_AUDIO],
@@ -192,18 +193,6 @@ def test_tuples_and_no_cache_as_the_caller_asks(thinker):
     config.use_cache = True
     as_tuple = thinker(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], full.logits)
-
-
-def snapshot(model):
-    """Everything that patching could leave behind on a module."""
-    # rope_deltas is the model's own notebook: every forward call writes it.
-    skipped = {"_parameters", "_buffers", "_modules", "rope_deltas"}
-    state = {}
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if key not in skipped:
-                state[name, key] = dict(value) if isinstance(value, dict) else value
-    return state
 
 
 @pytest.mark.parametrize("fork_layers", [0, 2, 4])

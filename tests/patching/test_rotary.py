@@ -44,12 +44,12 @@ def source_of(module):
 def test_same_logits_as_with_the_models_own_rotation(thinker, masking, samples, rotations):
     inputs = build_inputs(samples)
     with fmd_ext.patch(thinker, fork_layers=2, masking=masking) as handle:
-        assert handle.why_not_fused == ""
+        assert handle.fusions["rotation"].why_not == ""
         fused = thinker(**inputs).logits
         tokens = thinker.generate(**inputs, **GENERATE)
     assert len(rotations) == 4 + 4 * 4  # layers of one call, and of four steps
     with fmd_ext.patch(thinker, adapter=UNFUSED, fork_layers=2, masking=masking) as handle:
-        assert "adapter" in handle.why_not_fused
+        assert "adapter" in handle.fusions["rotation"].why_not
         torch.testing.assert_close(fused, thinker(**inputs).logits, atol=1e-5, rtol=0)
         assert torch.equal(tokens, thinker.generate(**inputs, **GENERATE))
     assert len(rotations) == 20
@@ -102,7 +102,7 @@ def test_another_rotation_is_left_to_the_model(thinker, rotations, monkeypatch):
         change.setattr(source_of(attention_of(thinker)), "apply_rotary_pos_emb", pairs)
         expected = thinker(**inputs).logits
         with fmd_ext.patch(thinker, fork_layers=1, masking="zero", mask_scale=1.0) as handle:
-            assert "rotates in another way" in handle.why_not_fused
+            assert "rotates in another way" in handle.fusions["rotation"].why_not
             torch.testing.assert_close(thinker(**inputs).logits, expected, atol=1e-4, rtol=0)
     assert not rotations
     assert not torch.allclose(thinker(**inputs).logits, expected, atol=1e-2)
@@ -119,7 +119,7 @@ def test_a_replaced_forward_is_left_alone(thinker, rotations):
     attention.forward = replaced
     try:
         with fmd_ext.patch(thinker, fork_layers=2) as handle:
-            assert "replaced the forward" in handle.why_not_fused
+            assert "replaced the forward" in handle.fusions["rotation"].why_not
             thinker(**build_inputs([VIDEO_AUDIO]))
         assert attention.__dict__["forward"] is replaced
     finally:

@@ -57,6 +57,8 @@ def test_settings_may_lie_in_the_file_of_calibrate(tmp_path):
         ({"alpha": 1.5}, ValueError, "alpha must be in"),
         ({"alfa": 0.5}, TypeError, "unknown FMD setting 'alfa'"),
         ({"alpha": "auto"}, ValueError, "alpha='auto' is chosen per prompt and cannot be served"),
+        ({"text_weight": "auto"}, ValueError, "text_weight='auto' is chosen per prompt and cannot be served"),
+        ({"text_weight": {"visual": 1.0, "audio": 0.0}}, ValueError, "is chosen per prompt and cannot be served"),
         ({"fork_layers": "auto"}, ValueError, "fork_layers='auto' is chosen per prompt and cannot be served"),
         ({"masking": "attention"}, ValueError, "masking='attention' cannot be served"),
         ([1], TypeError, "must be settings or the path of a file"),

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.io import wavfile
+
 from fmd_ext.inputs.sample_clip import write_clip
 
 AVHBENCH = [
@@ -99,6 +102,67 @@ WORLDSENSE_FLAT = {
     "audio_class": ["Speech", "Event"],
 }
 
+# As published: what a sample has not is "None" or null.
+CMM = [
+    {
+        "category": "over-reliance_unimodal_priors",
+        "sub_category": "visual-language",
+        "modality": "visual",
+        "granularity": "object-level",
+        "correlation_type": "visual dominance",
+        "video_path": "./visual-language/a.mp4",
+        "audio_path": "None",
+        "question": "Did you see a dog in the video? Answer with yes or no.",
+        "answer": "yes",
+    },
+    {
+        "category": "inter-modality_spurious_correlation",
+        "sub_category": "audio-language",
+        "modality": "audio",
+        "granularity": "event-level",
+        "correlation_type": "",
+        "video_path": None,
+        "audio_path": "./audio-language/b.wav",
+        "question": "Did you hear barking in the audio? Answer with yes or no.",
+        "answer": "No",
+    },
+    {
+        "category": "inter-modality_spurious_correlation",
+        "sub_category": "visual-audio-language",
+        "modality": "visual-audio",
+        "granularity": "event-level",
+        "correlation_type": "VAL",
+        "video_path": "./visual-audio/c.mp4",
+        "audio_path": "./visual-audio/c_sound.wav",
+        "question": "Did you hear barking in the audio? Answer with yes or no.",
+        "answer": "no",
+    },
+]
+
+# As published: some records lack the content categories.
+DAILY_OMNI = [
+    {
+        "video_id": "x1",
+        "Question": "Which sound follows the red car?",
+        "Choice": ["A. A horn", "B. A bell", "C. A voice", "D. Nothing"],
+        "Answer": "B",
+        "Type": "AV Event Alignment",
+        "video_category": "Autos & Vehicles",
+        "video_duration": "30s",
+        "content_parent_category": "Life",
+        "content_fine_category": "Traffic",
+    },
+    {
+        "video_id": "x1",
+        "Question": "Why does she laugh?",
+        "Choice": ["A. For joy", "B. In anger", "C. From habit", "D. By chance"],
+        "Answer": "A",
+        "Type": "Reasoning",
+        "video_category": "Autos & Vehicles",
+        "video_duration": "60s",
+    },
+]
+
 SUBTITLES = (
     '1\n00:00:00,000 --> 00:00:01,000\n<font color="white">hello</font>\n\n2\n00:00:01,000 --> 00:00:02,000\nworld 2\n'
 )
@@ -111,7 +175,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def records(name: str) -> list[dict[str, Any]]:
-    if name == "avhbench":
+    if name.startswith("avhbench"):
         return [dict(zip(("video_id", "task", "text", "label"), row, strict=True)) for row in AVHBENCH]
     if name == "music-avqa":
         fields = ("video_id", "type", "question_content", "templ_values", "anser")
@@ -120,6 +184,10 @@ def records(name: str) -> list[dict[str, Any]]:
     if name == "avqa":
         fields = ("id", "video_name", "question_text", "multi_choice", "answer", "question_type")
         return [{"video_id": 1, **dict(zip(fields, row, strict=True))} for row in AVQA]
+    if name == "cmm":
+        return [dict(row) for row in CMM]
+    if name.startswith("daily-omni"):
+        return [dict(row) for row in DAILY_OMNI]
     return [dict(VIDEO_MME if name == "video-mme" else WORLDSENSE)]
 
 
@@ -129,6 +197,9 @@ FILES = {
     "avqa": "val_qa.json",
     "video-mme": "videomme.json",
     "worldsense": "worldsense_qa.json",
+    "avhbench-deduplicated": "json/qa.json",
+    "cmm": "all_data_final_reorg.json",
+    **dict.fromkeys(("daily-omni", "daily-omni-picture", "daily-omni-sound"), "qa.json"),
 }
 VIDEOS = {
     "avhbench": ("video/00001.mp4", "video/00001_swap.mp4", "video/00002.mp4"),
@@ -136,6 +207,11 @@ VIDEOS = {
     "avqa": ("videos/clip_a.mp4", "videos/clip_b.mp4"),
     "video-mme": ("data/fFjv93ACGo8.mp4",),
     "worldsense": ("videos/abcd.mp4",),
+    "avhbench-deduplicated": ("video/00001.mp4", "video/00001_swap.mp4", "video/00002.mp4"),
+    "cmm": ("visual-language/a.mp4", "audio-language/b.wav", "visual-audio/c.mp4", "visual-audio/c_sound.wav"),
+    **dict.fromkeys(
+        ("daily-omni", "daily-omni-picture", "daily-omni-sound"), ("Videos/x1/x1_video.mp4", "Videos/x1/x1_audio.wav")
+    ),
 }
 
 
@@ -144,7 +220,11 @@ def write_benchmark(folder: Path, name: str) -> Path:
     write_json(folder / FILES[name], records(name))
     for seed, video in enumerate(VIDEOS[name]):
         (folder / video).parent.mkdir(parents=True, exist_ok=True)
-        write_clip(folder / video, seconds=1.0, width=64, height=56, seed=seed)
+        if video.endswith(".wav"):
+            sound = 0.1 * np.random.default_rng(seed).standard_normal(16000)
+            wavfile.write(folder / video, 16000, sound.astype(np.float32))
+        else:
+            write_clip(folder / video, seconds=1.0, width=64, height=56, seed=seed)
     for place in ("subtitle/fFjv93ACGo8.srt", "subtitles/abcd.srt"):
         if name in ("video-mme", "worldsense"):
             (folder / place).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Weights that two environments can make alike: every tensor from a seed and its own name, by numpy's frozen generator.
 
 The recordings in tests/fixtures come from official code whose parameters were filled by this rule, under the official
-names; docs/models.md says how they were made.
+names; tests/fixtures/README.md says which.
 """
 
 from __future__ import annotations

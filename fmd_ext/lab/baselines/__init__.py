@@ -7,7 +7,11 @@ several turns work as usual; afterwards the model is as it was. They act on unpa
 from __future__ import annotations
 
 from fmd_ext.lab.baselines.avcd import avcd
+from fmd_ext.lab.baselines.decoding import method_of
+from fmd_ext.lab.baselines.drop import drop
+from fmd_ext.lab.baselines.mad import mad
+from fmd_ext.lab.baselines.outro import outro
 from fmd_ext.lab.baselines.pai import pai
 from fmd_ext.lab.baselines.vcd import vcd
 
-__all__ = ["avcd", "pai", "vcd"]
+__all__ = ["avcd", "drop", "mad", "method_of", "outro", "pai", "vcd"]

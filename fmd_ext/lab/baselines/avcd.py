@@ -26,18 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmd_ext.adapters import AUDIO, JOINT, PADDING, TEXT, VISUAL, find_adapter
+from fmd_ext.adapters import AUDIO, PADDING, TEXT, VISUAL, find_adapter
+from fmd_ext.lab.baselines.attention import attention_scores, attention_without, visible_keys
 from fmd_ext.lab.baselines.decoding import (
     Method,
     Run,
     Sequence,
     applied,
-    attention_scores,
-    attention_without,
     check_range,
     plausible,
-    visible_keys,
 )
+from fmd_ext.lab.baselines.prompts import has_both, refuse_joint
 
 BOTH, FIRST, SECOND = "both hidden", "first hidden", "second hidden"
 
@@ -85,7 +84,7 @@ class _Measured:
         after = clip.long().cumsum(-1) == clip.sum(-1, keepdim=True)  # behind the last position of the clip
         self.regions = torch.where(clip | (after & (labels == TEXT)), labels, PADDING)
         self.valid = labels != PADDING
-        self.both = (labels == VISUAL).any(-1) & (labels == AUDIO).any(-1)
+        self.both = has_both(labels)
 
     def add(self, weights: Tensor) -> None:
         self.attention = weights if self.attention is None else self.attention + weights
@@ -112,15 +111,12 @@ class _Measured:
 
 class _AVCD(Method):
     def __init__(self, contrast: float, beta: float, min_entropy: float, num_layers: int) -> None:
+        super().__init__()
         self.contrast, self.beta, self.min_entropy = contrast, beta, min_entropy
         self.last_layer = num_layers - 1
 
     def begin(self, sequence: Sequence, call: dict[str, Any]) -> None:
-        if (sequence.labels == JOINT).any():
-            raise ValueError(
-                "AVCD tells video positions from audio positions, and the sample has joint ones (label 3), which mix "
-                "both modalities; it takes models with separate tokens for each"
-            )
+        refuse_joint(sequence.labels, "AVCD")
         sequence.measured = _Measured(sequence.labels, self.last_layer)
         if sequence.measured.both.any():
             sequence.add_runs(BOTH, FIRST, SECOND)

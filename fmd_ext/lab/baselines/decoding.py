@@ -20,12 +20,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fmd_ext.adapters import PADDING, find_adapter
-from fmd_ext.compat import cache_argument, cache_of
+from fmd_ext.compat import cache_argument, cache_name, cache_of
 from fmd_ext.config import MODALITIES
 from fmd_ext.engine.forward import arguments_by_name
+from fmd_ext.lab.baselines.prompts import Prompt, joined
 from fmd_ext.lab.interception import intercepting
 from fmd_ext.patching.handle import handle_of
 
+# Some samples of a batch, and the arguments of a prompt of theirs.
+Part = tuple[list[int], dict[str, Any]]
+
+_IN_FORCE = "_fmd_baseline"
 GROWING = ("input_ids", "position_ids", "cache_position")  # arguments of a decode step, one entry per new position
 
 
@@ -34,35 +39,53 @@ class Run:
 
     Attributes:
         name: what is different in it.
+        prompt: its own one, where it has another than the plain run.
         hidden: layer -> bool [batch, heads, prompt length]: positions that nobody attends to in this run.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.cache = DynamicCache()
+        self.prompt: Prompt | None = None
         self.waiting: list[dict[str, Any]] = []
         self.hidden: dict[int, Tensor] = {}
 
-    def calls(self) -> list[dict[str, Any]]:
-        """The calls to catch up with: the prompt, if it has not run yet, then all later steps as one."""
+    def add(self, call: dict[str, Any], own: dict[str, Any]) -> None:
+        """Notes a call of the plain run, and the arguments of this one for it."""
+        if own.get("input_ids") is not call.get("input_ids"):
+            self.prompt = Prompt(own, call["input_ids"].shape[1])
+        self.waiting.append(own)
+
+    def calls(self) -> Iterator[dict[str, Any]]:
+        """The calls to catch up with, each to be run before the next: the prompt, if it has not run yet, then all later
+        steps as one."""
         waiting, self.waiting = self.waiting, []
         started = self.cache.get_seq_length() > 0
         prompt, steps = ([], waiting) if started else (waiting[:1], waiting[1:])
         if len(steps) > 1:
-            joined = dict(steps[-1])  # its attention mask covers all
+            one = dict(steps[-1])  # its attention mask covers all
             for name in GROWING:
-                if isinstance(joined.get(name), Tensor):
-                    joined[name] = torch.cat([step[name] for step in steps], dim=-1)
-            steps = [joined]
-        return prompt + steps
+                if isinstance(one.get(name), Tensor):
+                    one[name] = torch.cat([step[name] for step in steps], dim=-1)
+            steps = [one]
+        yield from prompt
+        for step in steps:
+            yield step if self.prompt is None else self.prompt.later(step)
+
+    def running(self, decoder: nn.Module) -> contextlib.AbstractContextManager:
+        """Around one of its calls."""
+        starts = self.prompt is not None and self.cache.get_seq_length() == 0
+        return self.prompt.running(decoder) if starts else contextlib.nullcontext()
 
 
 class Sequence:
     """A batch that is being decoded: what was measured on its prompt, and its second runs.
 
     Attributes:
-        labels: int8 [batch, prompt length] of -1 padding, 0 text, 1 visual, 2 audio; None without any clip.
+        labels: int8 [batch, prompt length] of -1 padding, 0 text, 1 visual, 2 audio; None where the method leaves the
+            batch alone, as most do without any clip.
         runs: second runs by name.
+        prompt: that of the plain run, where it is another than the caller's.
         length: positions that have been run, padding included.
         measured: what the method keeps of the prompt.
     """
@@ -70,6 +93,7 @@ class Sequence:
     def __init__(self, labels: Tensor | None) -> None:
         self.labels = labels
         self.runs: dict[str, Run] = {}
+        self.prompt: Prompt | None = None
         self.length = 0
         self.measured: Any = None
 
@@ -78,14 +102,35 @@ class Sequence:
 
 
 class Method:
-    """A baseline; subclasses override what they change."""
+    """A baseline; subclasses override what they change.
+
+    Attributes:
+        needs_clip: a batch without any clip is decoded plainly.
+        notes: per sample of the last prompt what a report should say of it, kind to detail.
+    """
+
+    needs_clip = True
+
+    def __init__(self) -> None:
+        self.notes: list[dict[str, str]] = []
 
     def begin(self, sequence: Sequence, call: dict[str, Any]) -> None:
         """A prompt: ``sequence.add_runs`` if it needs any. ``call`` holds the arguments of forward by name."""
 
     def arguments(self, name: str, call: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the second run ``name`` for the same call."""
+        """The arguments of the second run ``name`` for the same call.
+
+        At a prompt they may be those of another prompt, as `prompts` makes them: of other ids, with a mask. The run
+        then goes on from that prompt, and this is not called for later calls.
+        """
         return call
+
+    def instead(self, sequence: Sequence, call: dict[str, Any]) -> list[Part] | None:
+        """At a prompt: other prompts that the plain run gets in its place, each for some samples, together for all."""
+        return None
+
+    def layer_input(self, sequence: Sequence, run: Run | None, layer: int, hidden: Tensor) -> None:
+        """Sees the hidden states [batch, new positions, hidden size] that go into a decoder layer."""
 
     def attention(
         self, sequence: Sequence, run: Run | None, attend: Callable[..., Any], module: nn.Module, *args: Any, **kw: Any
@@ -110,6 +155,8 @@ class _Forward:
         self.method = method
         self.signature = inspect.signature(original)
         self.cache_name = cache_argument(self.signature)
+        entry = self.adapter.find_entry(model)
+        self.rope_modules = [module for module in entry.modules() if "rope_deltas" in module.__dict__]
         self.sequences: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
 
     @torch.no_grad()
@@ -120,9 +167,14 @@ class _Forward:
         sequence = self._sequence(call, cache)
         options = {name: call.pop(name) for name in list(call) if name.startswith(("output_", "return_"))}
         for name, run in sequence.runs.items():
-            run.waiting.append(self.method.arguments(name, call))
-        with self._attending(sequence, None):
-            out = self.original(**call, **options, **{self.cache_name: cache}, use_cache=use_cache)
+            run.add(call, call if run.prompt else self.method.arguments(name, call))
+        parts = None if sequence.length or sequence.labels is None else self.method.instead(sequence, call)
+        if parts:
+            out = self._in_parts(sequence, parts, call, options, cache, use_cache)
+        else:
+            plain = call if sequence.prompt is None else sequence.prompt.later(call)
+            with self._observing(sequence, None):
+                out = self.original(**plain, **options, **{self.cache_name: cache}, use_cache=use_cache)
         new = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         sequence.length += new.shape[1]
         if (filled := cache_of(out)) is not None:
@@ -130,9 +182,10 @@ class _Forward:
 
         def second(name: str) -> Tensor:
             run = sequence.runs[name]
-            with self._attending(sequence, run):
+            with self._observing(sequence, run), self._rope_deltas_kept():
                 for again in run.calls():
-                    logits = self.original(**again, **{self.cache_name: run.cache}, use_cache=True).logits
+                    with run.running(self.decoder):
+                        logits = self.original(**again, **{self.cache_name: run.cache}, use_cache=True).logits
             return logits[:, -1].float()
 
         plain = out.logits[:, -1].float()
@@ -146,6 +199,9 @@ class _Forward:
         length = 0 if cache is None else cache.get_seq_length()
         ids = call.get("input_ids")
         labels = None if ids is None else self.adapter.labels_of(self.model, ids, call)
+        if labels is None and not length and not self.method.needs_clip:
+            given = ids if ids is not None else call["inputs_embeds"]
+            labels = torch.zeros(given.shape[:2], dtype=torch.int8, device=given.device)
         if length:
             sequence = self.sequences.get(cache)
             if sequence is None or sequence.length != length:
@@ -161,11 +217,70 @@ class _Forward:
             self.method.begin(sequence, call)
         return sequence
 
-    def _attending(self, sequence: Sequence, run: Run | None) -> contextlib.AbstractContextManager:
-        if sequence.labels is None or type(self.method).attention is Method.attention:
-            return contextlib.nullcontext()
-        attention = functools.partial(self.method.attention, sequence, run)
-        return intercepting(self.decoder, self.adapter.attention, attention)
+    def _in_parts(
+        self,
+        sequence: Sequence,
+        parts: list[Part],
+        call: dict[str, Any],
+        options: dict[str, Any],
+        cache: Any,
+        use_cache: bool | None,
+    ) -> Any:
+        """The plain run of other prompts, each for some samples. The output has logits of the last position only."""
+        asked = [name for name, value in options.items() if value and name.startswith("output_")]
+        if asked:
+            raise ValueError(
+                f"the prompts in the place of the caller's have other lengths: leave {', '.join(asked)} unset"
+            )
+        batch, width = call["input_ids"].shape
+        ran, logits = [], None
+        for rows, own in parts:
+            prompt, own_cache = Prompt(own, width), DynamicCache()
+            with self._observing(sequence, None), prompt.running(self.decoder):
+                out = self.original(**own, **options, **{self.cache_name: own_cache}, use_cache=True)
+            if logits is None:
+                logits = out.logits.new_empty(batch, 1, out.logits.shape[-1])
+            logits[rows] = out.logits[:, -1:]
+            ran.append((rows, prompt, own_cache))
+        sequence.prompt, filled = joined(ran, width, DynamicCache() if cache is None else cache)
+        for module in self.rope_modules:
+            module.rope_deltas = sequence.prompt.rope_deltas
+        out.logits = logits
+        setattr(out, cache_name(), None if use_cache is False else filled)
+        return out
+
+    @contextlib.contextmanager
+    def _rope_deltas_kept(self) -> Iterator[None]:
+        """A model with M-RoPE keeps how far the last prompt's positions are from its indices."""
+        kept = [module.rope_deltas for module in self.rope_modules]
+        try:
+            yield
+        finally:
+            for module, deltas in zip(self.rope_modules, kept, strict=True):
+                module.rope_deltas = deltas
+
+    @contextlib.contextmanager
+    def _observing(self, sequence: Sequence, run: Run | None) -> Iterator[None]:
+        """Within this context the method sees and changes what it overrides."""
+        with contextlib.ExitStack() as stack:
+            if sequence.labels is not None and type(self.method).attention is not Method.attention:
+                attention = functools.partial(self.method.attention, sequence, run)
+                stack.enter_context(intercepting(self.decoder, self.adapter.attention, attention))
+            if sequence.labels is not None and type(self.method).layer_input is not Method.layer_input:
+                for index, layer in enumerate(self.decoder.layers):
+                    see = functools.partial(self._see, sequence, run, index)
+                    stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+            yield
+
+    def _see(
+        self, sequence: Sequence, run: Run | None, index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        self.method.layer_input(sequence, run, index, args[0] if args else kwargs["hidden_states"])
+
+
+def method_of(model: nn.Module) -> Method | None:
+    """The baseline that ``model`` decodes by, within its context."""
+    return find_adapter(model).find_entry(model).__dict__.get(_IN_FORCE)
 
 
 @contextlib.contextmanager
@@ -186,10 +301,11 @@ def applied(model: nn.Module, method: Method) -> Iterator[Method]:
         "forward": _Forward(model, entry.forward, method),
         "generate": functools.partial(_generate, entry.generate),
     }
-    before = {name: entry.__dict__.get(name) for name in replaced}
+    before = {name: entry.__dict__.get(name) for name in (*replaced, _IN_FORCE)}
     try:
         for name, function in replaced.items():
             entry.__dict__[name] = _method_like(entry, getattr(entry, name), function)
+        entry.__dict__[_IN_FORCE] = method
         yield method
     finally:
         for name, own in before.items():
@@ -244,44 +360,3 @@ def check_modalities(modalities: Iterable[str]) -> tuple[str, ...]:
     if not chosen or not set(chosen) <= set(MODALITIES):
         raise ValueError(f'modalities must be ("visual",), ("audio",) or both, got {modalities!r}')
     return chosen
-
-
-def visible_keys(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """bool [batch or 1, 1, queries, keys]: which key each query sees, from the mask that attention functions get.
-
-    Raises TypeError for a kind of mask that only one attention implementation understands.
-    """
-    queries, keys = query.shape[2], key.shape[2]
-    if mask is None:
-        ones = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
-        return ones.tril(diagonal=keys - queries)
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        raise TypeError("baselines that change attention need attn_implementation 'sdpa' or 'eager'")
-    mask = mask[..., :keys]
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def attention_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """float32 [batch, num_qo_heads, queries, keys] of query [batch, num_qo_heads, queries, head_dim] and key
-    [batch, num_kv_heads, keys, head_dim]."""
-    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return query.float() @ key.transpose(-1, -2) * scale
-
-
-def weighted_values(weights: Tensor, value: Tensor, like: Tensor) -> Tensor:
-    """Attention output [batch, queries, num_qo_heads, head_dim] of weights [batch, num_qo_heads, queries, keys]."""
-    value = value.float().repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
-    return (weights @ value).transpose(1, 2).to(like.dtype)
-
-
-def attention_without(
-    hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
-    """Attention [batch, queries, num_qo_heads, head_dim] in which ``hidden`` prompt positions [batch, heads or 1,
-    prompt length] are no keys; a position always sees itself, so that no row is empty."""
-    queries, keys = query.shape[2], key.shape[2]
-    seen = visible_keys(mask, query, key).expand(len(hidden), hidden.shape[1], -1, -1).clone()
-    seen[..., : hidden.shape[-1]] &= ~hidden[:, :, None]
-    own = torch.ones(queries, keys, dtype=torch.bool, device=seen.device).tril(keys - queries).triu(keys - queries)
-    out = nn.functional.scaled_dot_product_attention(query, key, value, seen | own, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)

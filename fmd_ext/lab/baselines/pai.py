@@ -22,18 +22,15 @@ from torch import Tensor, nn
 
 from fmd_ext.adapters import JOINT, LABELS
 from fmd_ext.config import MODALITIES
+from fmd_ext.lab.baselines.attention import attention_scores, attention_without, visible_keys, weighted_values
 from fmd_ext.lab.baselines.decoding import (
     Method,
     Run,
     Sequence,
     applied,
-    attention_scores,
-    attention_without,
     check_modalities,
     check_range,
     plausible,
-    visible_keys,
-    weighted_values,
 )
 
 
@@ -73,6 +70,7 @@ def pai(
 
 class _PAI(Method):
     def __init__(self, boost: float, gamma: float, beta: float, first_layer: int, raised: list[int]) -> None:
+        super().__init__()
         self.boost, self.gamma, self.beta, self.first_layer, self.raised = boost, gamma, beta, first_layer, raised
 
     def begin(self, sequence: Sequence, call: dict[str, Any]) -> None:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from fmd_ext.adapters import find_adapter
 from fmd_ext.lab.baselines.decoding import Method, Sequence, applied, check_modalities, check_range, plausible
+from fmd_ext.lab.baselines.prompts import GRIDS
 
 NUM_NOISE_STEPS = 1000
-# Inputs whose rows belong to clips by a grid [clips, 3] of patches; others have one leading index per clip.
-GRIDS = {"pixel_values_videos": "video_grid_thw", "pixel_values": "image_grid_thw"}
 
 
 @contextlib.contextmanager
@@ -61,6 +60,7 @@ def vcd(
 
 class _VCD(Method):
     def __init__(self, contrast: float, beta: float, noise_step: int, names: list[str], seed: int) -> None:
+        super().__init__()
         self.contrast, self.beta, self.noise_step, self.names, self.seed = contrast, beta, noise_step, names, seed
 
     def begin(self, sequence: Sequence, call: dict[str, Any]) -> None:

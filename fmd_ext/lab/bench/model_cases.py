@@ -13,10 +13,11 @@ from transformers import DynamicCache
 
 import fmd_ext
 from fmd_ext import FMDConfig
-from fmd_ext.adapters import AUDIO, VISUAL, find_adapter
+from fmd_ext.adapters import find_adapter
 from fmd_ext.compat import cache_kwargs
 from fmd_ext.config import AUTO, MASKINGS, MODALITIES
 from fmd_ext.engine.reference import reference_hidden
+from fmd_ext.labels import AUDIO, VISUAL
 
 from .cases import Candidate, Case
 from .checking import Reference
@@ -30,6 +31,7 @@ FLOAT32_ERROR = 1e-4
 
 NEW_TOKENS, QUICK_NEW_TOKENS = 32, 4
 TOKEN = torch.tensor([[40]])  # fed in decode steps: any word of the vocabulary
+ASKED_TOKENS = 64  # of a prompt that asks what a question needs: template 20, question 20, asking 24
 
 Caches = tuple[DynamicCache, ...]
 Logits = tuple[Tensor, Tensor | None]
@@ -96,6 +98,8 @@ def _ways(model: nn.Module, fork_layers: int) -> Iterator[Way]:
     yield Way("zero masking, alpha auto", 1, _patched(model, config), config)
     config = settings(fork_layers=fork_layers, masking="zero")
     yield Way("two passes", 2, TwoPasses(sharing_weights(model), config), config)
+    config = settings(fork_layers=fork_layers, masking="attention", text_weight=0.9)
+    yield Way("attention masking, asked first", 1, _asked_first(model, config), config)
 
 
 def _patched(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, Caches], Tensor]:
@@ -106,6 +110,20 @@ def _patched(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, C
         past = caches[0].get_seq_length()
         given = {"modality_labels": labels} if past == 0 else {}  # what comes later is text, without labels
         return patched(inputs_embeds=embeds, **cache_kwargs(caches[0]), use_cache=True, **given).logits
+
+    return call
+
+
+def _asked_first(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, Caches], Tensor]:
+    """As with text_weight="auto" and a new question: a prompt of its own that asks, then the clip's."""
+    patched = _patched(model, config)
+    decoder, head = find_adapter(model).find_decoder(model), model.get_output_embeddings()
+    ids = torch.arange(ASKED_TOKENS, device=head.weight.device)[None]
+
+    def call(embeds: Tensor, labels: Tensor, caches: Caches) -> Tensor:
+        if caches[0].get_seq_length() == 0:
+            head(decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]).argmax().item()  # it is waited for
+        return patched(embeds, labels, caches)
 
     return call
 

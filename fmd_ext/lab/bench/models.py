@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen2_5OmniThinkerForConditionalGeneration
 
-from fmd_ext.adapters import AUDIO, TEXT, VISUAL, find_adapter
+from fmd_ext.adapters import find_adapter
 from fmd_ext.compat import cache_kwargs
 from fmd_ext.config import FMDConfig
 from fmd_ext.lab.tiny.model import tiny_thinker_config
+from fmd_ext.labels import AUDIO, TEXT, VISUAL
 
 from .workload import Size
 

@@ -16,24 +16,27 @@ from .report import COLUMNS, absent, rows_of, summary
 
 NOTE = "<!-- Written by scripts/benchmarks from docs/data/*.json: change those, never this page. -->"
 INTRODUCTION = """
-`scripts/benchmarks` measures again and rewrites this page. Every output was compared with plain PyTorch (float64 for
-ops, float32 for models) in the run that timed it, before the first and after the last timed round; `error` is the
-largest difference of a row relative to its largest value. All candidates run once per round, each round in another
-order; on a GPU an op behind other work, so that launches are not waited for and caches are cold, and a model from an
-idle device. `ratio` is a candidate's time over that of the first of its case in the same round: median and quartiles
-over rounds. `of peak` is the time that the least possible work takes (every byte once, only visible pairs; for models
-that of the unpatched one) at the copy bandwidth and matrix rate measured in the same run, over the candidate's.
+`scripts/benchmarks` measures again and rewrites this page. Each run compares every output with plain PyTorch
+(float64 for ops, float32 for models) before and after it is timed.
 
-* `fmd_ext` works on packed rows and slot pools; `merged` is attention after the merge, where there is one branch.
-* `eager PyTorch` is index arithmetic, masked softmax and concatenation on the same packed rows.
-* `rope_append_` joins rotation and append; its other candidates take these steps one by one.
-* `SDPA per branch` calls `scaled_dot_product_attention` once per branch, on inputs gathered before the clock starts.
-  On a GPU its flash and cuDNN backends are forced as well, and compiled FlexAttention with a block mask, flash-attn and
-  FlashInfer run where they are installed and take the shapes.
-* `vanilla` is the unpatched model on `scaled_dot_product_attention`; `two passes` runs the early layers twice, as the
-  paper does. Models have random weights and a small vocabulary; encoders are not part of the time.
-* `…, runner` decodes over static buffers (on a GPU: replays a CUDA graph), the others with a plan and launches per
-  step. `model_generate` is `model.generate` behind a cached prompt, 32 tokens.
+* All candidates run once per round, each round in another order. On a GPU an op runs behind other work with cold
+  caches, a model on an idle device.
+* `ratio`: time over that of the first candidate of the case in the same round; median and quartiles over rounds.
+* `error`: the largest difference of a row, relative to its largest value.
+* `of peak`: the least possible time (every byte once, only visible pairs; for models that of the unpatched one) at
+  the copy bandwidth and matrix rate measured in the same run, over the candidate's time.
+
+Candidates:
+
+* `fmd_ext` works on packed rows and slot pools, `eager PyTorch` on the same rows by index arithmetic, masked
+  softmax and concatenation. `merged` is attention after the merge. `rope_append_` joins steps that its other
+  candidates take singly.
+* `SDPA per branch` is one call of `scaled_dot_product_attention` per branch, on inputs gathered beforehand. On a
+  GPU its flash and cuDNN backends, compiled FlexAttention, flash-attn and FlashInfer also run, where they can.
+* `vanilla` is the unpatched model, `two passes` runs the early layers twice, as the paper does. Models have random
+  weights and a small vocabulary, and no encoders.
+* `…, runner` decodes over static buffers (on a GPU: a CUDA graph). `model_generate` is `model.generate` of 32
+  tokens.
 """.strip()
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 

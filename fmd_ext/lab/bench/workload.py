@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fmd_ext.adapters import AUDIO, TEXT, VISUAL
+from fmd_ext.labels import AUDIO, TEXT, VISUAL
 
 
 @dataclasses.dataclass(frozen=True)

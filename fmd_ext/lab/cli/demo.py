@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import secrets
 import statistics
 import tempfile
@@ -15,127 +16,152 @@ from rich.console import Console
 
 from fmd_ext.cli import show
 from fmd_ext.cli.answer import Answer, check_context, config_from, generate, patched
-from fmd_ext.cli.errors import UserError, blaming_input, notes_from_warnings
+from fmd_ext.cli.errors import UserError, blaming_input, check_target, notes_from_warnings
 from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
-from fmd_ext.inputs.chat import last_question_token, prepare_inputs
+from fmd_ext.inputs.chat import prepare_inputs
 from fmd_ext.inputs.media import Clip, load_clip
-from fmd_ext.lab.cli.attention import show_attention
+from fmd_ext.lab import trained
 from fmd_ext.lab.cli.diagnose import plain
-from fmd_ext.lab.diagnose import attention_share
 from fmd_ext.lab.synthetic import SPLITS, Question, Scene, scene_of, write_scene
 from fmd_ext.lab.synthetic.questions import audio_question, caption_question, listing, matching_question, video_question
-from fmd_ext.lab.trained import bundled_scenes
 
 ROUNDS = 3
-VANILLA, FORKED = "vanilla", "fork-merge decoding"
-# What docs/evidence.md says of the settings in force here; a test holds it to the recorded data.
-EVIDENCE = (
-    "These are few questions. Over 1020 test clips (docs/evidence.md), with the settings that come with the model, "
-    "fork-merge decoding is worse at questions about the sound, and no different, as far as can be seen, at those "
-    "about the picture and about whether both match."
-)
+VANILLA, FORKED, ROUTED = METHODS = ("vanilla", "FMD", "FMD routed")
+# (question, what is true or None, what each method says)
+Asked = tuple[str, str | None, tuple[str, ...]]
 
 
 def run(args: argparse.Namespace) -> int:
     if args.question is not None and not args.question.strip():
         raise UserError("the question is empty")
-    config = config_from(args)
-    console = Console()
+    check_target(args.picture)
     loaded = load_model(None, device="cpu")
-    text_line(console, f"model: {loaded.name}, {loaded.model.num_parameters() / 1e6:.1f} M parameters")
-    with patched(loaded, config) as settings:
-        layers = loaded.model.config.get_text_config().num_hidden_layers
-        text_line(console, f"{FORKED}: {show.describe(settings, layers)}\n")
+    configs = _configs(args, loaded)
+    console = Console()
+    _line(console, f"model: {loaded.name}, {loaded.model.num_parameters() / 1e6:.1f} M parameters")
+    for name, config in zip(METHODS[1:], configs, strict=True):
+        with patched(loaded, config) as handle:
+            layers = loaded.model.config.get_text_config().num_hidden_layers
+            _line(console, f"{name}: {show.describe(handle.config, layers)}")
 
-    path, bundled = next((path, scene) for path, scene in bundled_scenes().items() if scene.relation == "swapped")
-    title = f"bundled clip {path.name}"
-    last, first_marks = _answer_all(console, loaded, config, args, title, load_clip(path), bundled)
-    seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
-    # Behind the bundled clips, so that it is never one of them.
-    fresh = scene_of(SPLITS["demo"].start + len(bundled_scenes()) + seed % 999_000)
-    with tempfile.TemporaryDirectory(prefix="fmd_ext_") as folder:
-        clip = load_clip(write_scene(Path(folder) / "demo.mp4", fresh))
-    title = f"clip made on the spot (--seed {seed})"
-    last, more_marks = _answer_all(console, loaded, config, args, title, clip, fresh)
-    marks = [*first_marks, *more_marks]
-    if marks:
-        counts = [
-            f"{name} {sum(right)} of {len(marks)}"
-            for name, right in zip((VANILLA, FORKED), zip(*marks, strict=True), strict=True)
-        ]
-        text_line(console, f"right: {', '.join(counts)}")
-        console.print(f"{EVIDENCE}\n", highlight=False, markup=False)
-    _measure(console, loaded, config, args, *last)
+    clips = _clips(args)
+    asked: list[Asked] = []
+    for title, clip, scene in clips:
+        what = f"shows {listing(scene.visible)}, sounds like {listing(scene.heard)} ({scene.relation})"
+        _line(console, f"\n{title}: {what}")
+        here = [_ask(loaded, configs, args, clip, question) for question in _questions(args, scene)]
+        show.answers(console, ("question", "true", *METHODS), [_marked(*row) for row in here])
+        asked += here
+        last = clip, here
+    known = [(right, said) for _, right, said in asked if right is not None]
+    if known:
+        counts = (sum(plain(said[i]) == plain(right) for right, said in known) for i in range(len(METHODS)))
+        _line(console, f"right: {', '.join(f'{n} {c} of {len(known)}' for n, c in zip(METHODS, counts, strict=True))}")
+        console.print(f"{evidence()}\n", highlight=False, markup=False)
+    _time(console, loaded, configs, args, *last)
+    if args.picture:
+        from fmd_ext.lab.cli.demo_picture import draw
+
+        title, clip, scene = clips[0]
+        rows = [_marked(*row) for row in asked[: len(_questions(args, scene))]]
+        with blaming_input(OSError, ImportError):
+            print(f"picture: {draw(args.picture, title, clip, ('question', 'true', *METHODS), rows)}")
     return 0
 
 
-def _answer_all(
-    console: Console,
-    loaded: LoadedModel,
-    config: FMDConfig,
-    args: argparse.Namespace,
-    title: str,
-    clip: Clip,
-    scene: Scene,
-) -> tuple[tuple[str, dict[str, Any]], list[tuple[bool, bool]]]:
-    """Prints what is in the clip and the answers of both.
-
-    Returns:
-        The last question and its inputs; of each question whose answer is known, whether vanilla and forked are right.
-    """
-    text_line(
-        console, f"{title}: shows {listing(scene.visible)}, sounds like {listing(scene.heard)} ({scene.relation})"
+def evidence() -> str:
+    """What these few questions are part of: the figures of docs/evidence.md, as they are kept beside the model."""
+    found = json.loads(trained.FIGURES.read_text())
+    told = "; ".join(f"{name} {sound} and {picture} %" for name, (sound, picture) in found["disagreeing"].items())
+    return (
+        f"These are few questions. Over {found['clips']} test clips (docs/evidence.md, settings chosen there), where "
+        f"sound and picture disagree, questions about the sound and about the picture are right: {told}."
     )
-    questions = _questions(scene) if args.question is None else [(args.question, None)]
-    rows, marks, inputs = [], [], {}
-    for prompt, expected in questions:
-        with notes_from_warnings(), blaming_input(ValueError):
-            inputs = prepare_inputs(loaded.processor, clip, prompt, use_audio_in_video=args.interleaved)
-        check_context(loaded, inputs, args.max_new_tokens)
-        said = [generate(loaded, inputs, args.max_new_tokens).text]
-        with patched(loaded, config):
-            said.append(generate(loaded, inputs, args.max_new_tokens).text)
-        if expected is not None:
-            right = [plain(text) == plain(expected) for text in said]
-            said = [f"{text} ({'right' if fits else 'wrong'})" for text, fits in zip(said, right, strict=True)]
-            marks.append(tuple(right))
-        rows.append((prompt, expected or "", *said))
-    show.answers(console, ("question", "true", VANILLA, FORKED), rows)
-    return (prompt, inputs), marks
 
 
-def _questions(scene: Scene) -> Sequence[tuple[str, str]]:
-    """What misleads: of each sense, about what only the other one perceives, where there is something."""
+def _configs(args: argparse.Namespace, loaded: LoadedModel) -> tuple[FMDConfig, FMDConfig]:
+    """Of FMD and of FMD routed: the model's own settings, where the command line says nothing else."""
+    given = config_from(args)
+    routed = FMDConfig.from_file(trained.ROUTED)
+    names = [field.name for field in dataclasses.fields(given)]
+    own = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    with blaming_input(ValueError, TypeError):
+        return given, routed.replace(**{name: v for name, v in own.items() if name != "text_weight" or given.asks})
+
+
+def _clips(args: argparse.Namespace) -> list[tuple[str, Clip, Scene]]:
+    """A bundled clip in which picture and sound disagree, and one made on the spot: title, clip, what is in it."""
+    path, bundled = next((p, scene) for p, scene in trained.bundled_scenes().items() if scene.relation == "swapped")
+    seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
+    # Behind the bundled clips, so that it is never one of them.
+    fresh = scene_of(SPLITS["demo"].start + len(trained.bundled_scenes()) + seed % 999_000)
+    with tempfile.TemporaryDirectory(prefix="fmd_ext_") as folder:
+        made = load_clip(write_scene(Path(folder) / "demo.mp4", fresh))
+    return [
+        (f"bundled clip {path.name}", load_clip(path), bundled),
+        (f"clip made on the spot (--seed {seed})", made, fresh),
+    ]
+
+
+def _questions(args: argparse.Namespace, scene: Scene) -> Sequence[tuple[str, str | None]]:
+    """The one that was given, else what misleads: of each sense, about what only the other one perceives."""
+    if args.question is not None:
+        return [(args.question, None)]
     asked: list[Question] = []
     for kind in dict.fromkeys((*scene.visible, *scene.heard)):
         asked += [audio_question(scene, kind), video_question(scene, kind)]
     return [question.asked() for question in (*asked, matching_question(scene), caption_question(scene))]
 
 
-def _measure(
+def _ask(
+    loaded: LoadedModel,
+    configs: Sequence[FMDConfig],
+    args: argparse.Namespace,
+    clip: Clip,
+    question: tuple[str, str | None],
+) -> Asked:
+    prompt, true = question
+    inputs = _inputs(loaded, args, clip, prompt)
+    said = [generate(loaded, inputs, args.max_new_tokens).text]
+    for config in configs:
+        with patched(loaded, config):
+            said.append(generate(loaded, inputs, args.max_new_tokens).text)
+    return prompt, true, tuple(said)
+
+
+def _inputs(loaded: LoadedModel, args: argparse.Namespace, clip: Clip, prompt: str) -> dict[str, Any]:
+    with notes_from_warnings(), blaming_input(ValueError):
+        inputs = prepare_inputs(loaded.processor, clip, prompt, use_audio_in_video=args.interleaved)
+    check_context(loaded, inputs, args.max_new_tokens)
+    return inputs
+
+
+def _marked(prompt: str, true: str | None, said: Sequence[str]) -> tuple[str, ...]:
+    """A row of the table; answers that are wrong are marked."""
+    if true is None:
+        return prompt, "", *said
+    return prompt, true, *(text if plain(text) == plain(true) else f"{text} (wrong)" for text in said)
+
+
+def _time(
     console: Console,
     loaded: LoadedModel,
-    config: FMDConfig,
+    configs: Sequence[FMDConfig],
     args: argparse.Namespace,
-    question: str,
-    inputs: dict[str, Any],
+    clip: Clip,
+    asked: Sequence[Asked],
 ) -> None:
-    """Where the attention goes, and how long an answer takes."""
-    token = last_question_token(loaded.processor, question)
-    runs: dict[str, list[Answer]] = {VANILLA: [], FORKED: []}
-    shares = {VANILLA: attention_share(loaded.model, inputs, token)}
-    with patched(loaded, config) as settings:
-        shares[FORKED] = attention_share(loaded.model, inputs, token)
-    # In turn, so that a machine that is busy for a while is busy for both.
+    """How long the last answer takes. In turn, so that a machine that is busy for a while is busy for all."""
+    inputs = _inputs(loaded, args, clip, asked[-1][0])
+    runs: dict[str, list[Answer]] = {name: [] for name in METHODS}
     for _ in range(ROUNDS):
         runs[VANILLA].append(generate(loaded, inputs, args.max_new_tokens, exactly=True))
-        with patched(loaded, config):
-            runs[FORKED].append(generate(loaded, inputs, args.max_new_tokens, exactly=True))
-    show_attention(console, shares)
-    if settings.masking == "zero" and settings.fork_layers:
-        text_line(console, "(zero masking: a branch still attends to the masked positions, which carry nothing)")
-    show.timings(console, {name: median(repeats) for name, repeats in runs.items()}, f"median of {ROUNDS} runs")
+        for name, config in zip(METHODS[1:], configs, strict=True):
+            with patched(loaded, config):
+                runs[name].append(generate(loaded, inputs, args.max_new_tokens, exactly=True))
+    how = f"median of {ROUNDS} runs; {ROUTED} asks first"
+    show.timings(console, {name: median(repeats) for name, repeats in runs.items()}, how)
 
 
 def median(repeats: list[Answer]) -> Answer:
@@ -148,6 +174,6 @@ def median(repeats: list[Answer]) -> Answer:
     )
 
 
-def text_line(console: Console, text: str) -> None:
+def _line(console: Console, text: str) -> None:
     """One line as it is: not wrapped, not coloured, no markup."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)

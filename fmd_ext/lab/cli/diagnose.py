@@ -17,6 +17,7 @@ from fmd_ext.cli.ask import blaming_clip, check_settings, inputs_for, read_clip
 from fmd_ext.cli.errors import UserError, blaming_input, check_folder, check_target
 from fmd_ext.cli.models import load_model
 from fmd_ext.config import FMDConfig
+from fmd_ext.engine.routes import NEEDS
 from fmd_ext.inputs.chat import last_question_token
 from fmd_ext.inputs.media import check_clip
 from fmd_ext.lab.calibration import PromptReading, read_prompt
@@ -46,9 +47,12 @@ def run(args: argparse.Namespace) -> int:
     token = last_question_token(loaded.processor, args.question)
     answers = {VANILLA: generate(loaded, inputs, args.max_new_tokens)}
     shares = {VANILLA: attention_share(loaded.model, inputs, token)}
-    with patched(loaded, config) as settings:
+    with patched(loaded, config) as handle:
+        settings = handle.config
         answers[FORKED] = generate(loaded, inputs, args.max_new_tokens)
         shares[FORKED] = attention_share(loaded.model, inputs, token)
+        routes = handle.last_routes
+        asked = "" if routes is None else handle.router.wording.about(args.question)
     reading = None
     if settings.masking == "zero":
         reading = read_prompt(loaded.model, inputs, mask_scale=settings.mask_scale)
@@ -57,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     num_layers = loaded.model.config.get_text_config().num_hidden_layers
     print(f"fork-merge decoding: {show.describe(settings, num_layers)}")
+    if asked:
+        print(f"asked: {asked}")
+        print(show.route(routes, settings))
     show.side_by_side(console, answers)
     print(f"the answer {'changes' if flips else 'stays the same'}\n")
     _layer_table(console, shares)
@@ -64,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         _print_reading(reading, settings)
     if args.json:
         facts = _facts(answers, shares, flips, settings, reading)
+        likely = None if routes is None else dict(zip(NEEDS, routes.probabilities[0].tolist(), strict=True))
+        facts["route"] = None if routes is None else {"asked": asked, "needs": likely}
         with blaming_input(OSError):
             Path(args.json).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if args.plots is not None:

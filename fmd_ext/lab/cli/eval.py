@@ -118,7 +118,7 @@ def _answer(
     with blaming_input(ResultsError, ValueError, TypeError, OSError), _going_on(), notes_from_warnings():
         in_force = {}
         for choice in choices:  # a setting out of range is found before the first question
-            with choice.applied(model.model) as settings:
+            with choice.applied(model.model, model.processor) as settings:
                 in_force[choice.name] = settings
         with results.at_work(run_settings(args, loaded, model, decoding, reading), loaded.items, in_force):
             if rank == 0:
@@ -257,6 +257,7 @@ def _list() -> int:
     for method in METHODS.values():
         print(f"  {method.name:14} {method.summary}")
         print(f"  {'':14} {method.source}")
+        print(f"  {'':14} {method.passes}")
         for name, meaning in method.settings.items():
             print(f"  {'':14}   {name}: {meaning}")
     return 0

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmd_ext.adapters import AUDIO, JOINT, LABELS, PADDING, TEXT, find_adapter
+from fmd_ext.adapters import find_adapter
 from fmd_ext.engine.call import Call
 from fmd_ext.lab.interception import intercepting
+from fmd_ext.labels import AUDIO, JOINT, LABELS, PADDING, TEXT
 from fmd_ext.patching.handle import handle_of
 
 SHARES = ("text", "visual", "audio")

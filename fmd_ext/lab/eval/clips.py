@@ -11,7 +11,6 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,13 +78,13 @@ class ClipInputs:
         self, processor: Any, reading: Reading, refuse: Callable[[int, Sequence[Item]], str | None] = lambda *_: None
     ) -> None:
         self.processor, self.reading, self.refuse = processor, reading, refuse
-        self._kept: collections.OrderedDict[Path, Shown | str] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[Any, ...], Shown | str] = collections.OrderedDict()
         self._reading = threading.Lock()  # one thread reads ahead, another reads a question of a failed batch again
 
     def read(self, batch: Sequence[Item]) -> list[Shown | str]:
         """The clips, or why they cannot be read."""
         with self._reading:
-            return [self._read(item.path) for item in batch]
+            return [self._read(item) for item in batch]
 
     def prepare(self, batch: Sequence[Item], clips: Sequence[Shown | str] | None = None) -> list[Group]:
         """The inputs of a batch, in groups that can share a call; last the items that cannot be asked."""
@@ -131,23 +130,35 @@ class ClipInputs:
             frame_pixels=self.reading.frame_pixels,
         )
 
-    def _read(self, path: Path | None) -> Shown | str:
+    def _read(self, item: Item) -> Shown | str:
+        path, key = item.path, (item.path, item.sound, item.senses)
         if path is None:
             return "the video is missing"
-        if path not in self._kept:
-            rates = {"fps": self.reading.fps, "max_frames": self.reading.max_frames}
+        if key not in self._kept:
             try:
                 with _log_of_this_thread() as told:
-                    clip = _tried(
-                        lambda: load_clip_for(self.processor, path, progress=False, **rates), free=self._kept.clear
-                    )
-                self._kept[path] = self._shown(clip, [message.removeprefix(f"{path} ") for message in told])
+                    clip = _tried(lambda: self._clip(item), free=self._kept.clear)
+                self._kept[key] = self._shown(clip, [message.removeprefix(f"{path} ") for message in told])
             except Exception as error:
-                self._kept[path] = reason_of(error)
-        self._kept.move_to_end(path)
+                self._kept[key] = reason_of(error)
+        self._kept.move_to_end(key)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        return self._kept[path]
+        return self._kept[key]
+
+    def _clip(self, item: Item) -> Clip:
+        """What the item's files hold of the senses that it is asked with."""
+        rates = {"fps": self.reading.fps, "max_frames": self.reading.max_frames}
+        clip = load_clip_for(self.processor, item.path, progress=False, **rates)
+        if item.sound is not None:
+            heard = load_clip_for(self.processor, item.sound, progress=False, **rates)
+            clip = dataclasses.replace(clip, audio=heard.audio, sampling_rate=heard.sampling_rate)
+        if item.senses == "both":
+            return clip
+        lacking, given = ("audio", clip.frames) if item.senses == "picture" else ("frames", clip.audio)
+        if given is None:
+            raise MediaError(f"{item.path} has no {item.senses}, and the question is about it alone")
+        return dataclasses.replace(clip, **{lacking: None})
 
     def _shown(self, clip: Clip, told: list[str]) -> Shown:
         frames = 0 if clip.frames is None else len(clip.frames)

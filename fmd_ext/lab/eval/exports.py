@@ -158,6 +158,27 @@ OFFICIAL: dict[str, Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]
             "label": item.answer.capitalize() if item.kind == "yes-no" else item.answer,
         }
     ),
+    "cmm": _records(
+        lambda item: {
+            "category": item.categories["category"],
+            "sub_category": item.categories["sub-category"],
+            "modality": item.categories["modality"],
+            "granularity": item.categories["granularity"],
+            "video_path": item.video if item.senses != "sound" else None,
+            "audio_path": item.video if item.senses == "sound" else item.sound and str(item.sound),
+            "question": item.question,
+            "answer": item.answer,
+        }
+    ),
+    "daily-omni": _records(
+        lambda item: {
+            "video_id": item.video,
+            "Type": item.categories["type"],
+            "Question": item.question,
+            "Choice": [f"{chr(ord('A') + number)}. {text}" for number, text in enumerate(item.options)],
+            "Answer": item.answer,
+        }
+    ),
     "music-avqa": _records(
         lambda item: {
             "video_id": item.video,
@@ -187,6 +208,9 @@ OFFICIAL: dict[str, Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]
         }
     ),
 }
+
+OFFICIAL["avhbench-deduplicated"] = OFFICIAL["avhbench"]
+OFFICIAL["daily-omni-picture"] = OFFICIAL["daily-omni-sound"] = OFFICIAL["daily-omni"]
 
 
 def _number(value: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from fmd_ext.lab.baselines import method_of
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import Choice
 
@@ -68,7 +69,7 @@ class Said:
     """Answers to a batch, in its order. Times in seconds, of the whole batch.
 
     ``ended``: by an end token, not by the limit of tokens. ``non_finite_steps``: steps in which the scores could not be
-    ranked.
+    ranked. ``notes``: what the method says of each prompt, kind to detail.
     """
 
     texts: list[str]
@@ -77,6 +78,7 @@ class Said:
     non_finite_steps: list[int]
     first_token_s: float
     seconds: float
+    notes: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
 
 def checkpoint_settings(model: Any) -> dict[str, Any]:
@@ -139,7 +141,11 @@ def answer(
     clock, check = _Clock(), _RankingCheck()
     least = {"min_new_tokens": max_new_tokens} if exactly else {}
     randomly = bool(decoding.temperature)
-    with _configured(model, decoding), choice.applied(model), torch.random.fork_rng(_devices(model), enabled=randomly):
+    with (
+        _configured(model, decoding),
+        choice.applied(model, processor),
+        torch.random.fork_rng(_devices(model), enabled=randomly),
+    ):
         if randomly:
             torch.manual_seed(_seed(decoding.seed, *random_key))
         start = _now(model)
@@ -152,10 +158,12 @@ def answer(
             logits_processor=LogitsProcessorList([check]),
         )
         end = _now(model)
+        method = method_of(model)
     new = ids[:, width:]
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     tokens, ended = _lengths(model, new)
-    return Said(texts, tokens, ended, check.steps(tokens), (clock.first or end) - start, end - start)
+    notes = (method.notes if method else []) or [{} for _ in texts]
+    return Said(texts, tokens, ended, check.steps(tokens), (clock.first or end) - start, end - start, notes)
 
 
 def token_limits(processor: Any, limits: Mapping[str, int]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 KINDS = ("yes-no", "choice", "word", "caption")
+SENSES = ("both", "picture", "sound")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Item:
         categories: for the tables, such as ``{"task": "AV Matching"}``; several values where it counts under each.
         prompt: what the model is asked, filled in by `benchmarks.load`.
         subtitles: of the video, where they are asked for.
+        sound: the file with the sound, where it is not the one of ``path``.
+        senses: what of the files the model is given, one of SENSES.
     """
 
     id: str
@@ -36,10 +39,14 @@ class Item:
     categories: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     prompt: str = ""
     subtitles: str = ""
+    sound: Path | None = None
+    senses: str = "both"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.senses not in SENSES:
+            raise ValueError(f"senses must be one of {', '.join(SENSES)}, got {self.senses!r}")
 
     def values(self, category: str) -> tuple[str, ...]:
         """The item's values of a category; none where it has no such category."""

@@ -22,6 +22,25 @@ Apply = Callable[..., contextlib.AbstractContextManager[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Passes:
+    """What a method computes, in forward calls of the model for a batch; seconds say the rest.
+
+    Args:
+        prompt: how many prompts with a clip are run for an answer.
+        token: forward calls for each further token.
+        note: where it is more or less than that.
+    """
+
+    prompt: int = 1
+    token: int = 1
+    note: str = ""
+
+    def __str__(self) -> str:
+        said = f"{self.prompt} prefill{'s' * (self.prompt != 1)}, {self.token} pass{'es' * (self.token != 1)} per token"
+        return f"{said} ({self.note})" if self.note else said
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """An entry of the table.
 
@@ -33,6 +52,8 @@ class Method:
             greedy or sampling. The context's value holds all settings in force, as JSON would. It must leave the model
             as it was, also after an error.
         settings: the settings that ``apply`` takes, each with what it means.
+        passes: what it costs, with its default settings.
+        needs_processor: ``apply`` takes the model's processor too, as ``processor``.
     """
 
     name: str
@@ -40,6 +61,8 @@ class Method:
     source: str
     apply: Apply
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    passes: Passes = Passes()
+    needs_processor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +77,21 @@ class Choice:
         """The same text that `parse_methods` takes."""
         return ":".join([self.method.name, *(f"{name}={_written(self.settings[name])}" for name in self.settings)])
 
-    def applied(self, model: Any) -> contextlib.AbstractContextManager[Mapping[str, Any]]:
-        """A context in which ``model.generate`` uses the method; its value holds all settings in force."""
-        return self.method.apply(model, **self.settings)
+    @property
+    def _needs_processor(self) -> bool:
+        asks = "text_weight" in self.settings and FMDConfig(text_weight=self.settings["text_weight"]).asks
+        return self.method.needs_processor or asks
+
+    def applied(self, model: Any, processor: Any = None) -> contextlib.AbstractContextManager[Mapping[str, Any]]:
+        """A context in which ``model.generate`` uses the method; its value holds all settings in force.
+
+        Raises ValueError where the method needs the model's processor and none is given.
+        """
+        if not self._needs_processor:
+            return self.method.apply(model, **self.settings)
+        if processor is None:
+            raise ValueError(f"method {self.method.name} reads prompts: it needs the model's processor")
+        return self.method.apply(model, processor=processor, **self.settings)
 
     def with_defaults(self, settings: Mapping[str, Any]) -> Choice:
         """The same with further settings, where the method takes them and they are not chosen already."""
@@ -106,23 +141,25 @@ def _vanilla(model: Any) -> Iterator[Mapping[str, Any]]:
     yield {}
 
 
-def _fork_merge(masking: str | None) -> Apply:
+def _fork_merge(fixed: Mapping[str, Any]) -> Apply:
+    """``fixed``: settings of the method; those that it is given win."""
+
     @contextlib.contextmanager
-    def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
-        config = FMDConfig(**({"masking": masking} if masking else {}), **settings)
-        with fmd_ext.patch(model, config) as handle:
+    def apply(model: Any, processor: Any = None, **settings: Any) -> Iterator[Mapping[str, Any]]:
+        with fmd_ext.patch(model, FMDConfig(**{**fixed, **settings}), processor=processor) as handle:
             yield dataclasses.asdict(handle.config)
 
     return apply
 
 
 def _baseline(context: Callable[..., contextlib.AbstractContextManager[Any]]) -> Apply:
-    defaults = {p.name: p.default for p in list(inspect.signature(context).parameters.values())[1:]}
+    parameters = list(inspect.signature(context).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.name != "processor"}
 
     @contextlib.contextmanager
     def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
         with context(model, **settings):
-            yield {**defaults, **settings}
+            yield {**defaults, **{name: value for name, value in settings.items() if name != "processor"}}
 
     return apply
 
@@ -132,26 +169,38 @@ _FMD_SETTINGS = {
     "masking": "zero or attention: how a branch loses the other modality",
     "mask_scale": "factor on masked embeddings (zero masking)",
     "alpha": "merge weight: a number, or one per modality",
-    "text_weight": "weight of the visual branch at text positions",
+    "text_weight": "weight of the visual branch at text positions; auto: by what the question needs",
 }
 _FMD_SOURCE = "Jung et al., arXiv 2505.20873; docs/method.md says what is the paper's and what is ours"
 
 
-def _fmd_method(name: str, summary: str, masking: str | None, without: tuple[str, ...]) -> Method:
+_FMD_PASSES = Passes(note="more rows in the fork layers")
+
+
+def _fmd_method(name: str, summary: str, fixed: Mapping[str, Any], without: tuple[str, ...]) -> Method:
     settings = {key: text for key, text in _FMD_SETTINGS.items() if key not in without}
-    return Method(name, summary, _FMD_SOURCE, _fork_merge(masking), settings)
+    passes = dataclasses.replace(_FMD_PASSES, note=f"{_FMD_PASSES.note}; a short pass per new question, text only")
+    if "text_weight" not in fixed:
+        return Method(name, summary, _FMD_SOURCE, _fork_merge(fixed), settings, _FMD_PASSES)
+    return Method(name, summary, _FMD_SOURCE, _fork_merge(fixed), settings, passes, needs_processor=True)
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("vanilla", "the model as it is, with its KV cache", "the model's own", _vanilla),
-        _fmd_method("fmd", "fork-merge decoding with the model's default settings", None, ()),
-        _fmd_method("fmd-zero", "fork-merge decoding, zero masking (the paper's)", "zero", ("masking",)),
+        _fmd_method("fmd", "fork-merge decoding with the model's default settings", {}, ()),
+        _fmd_method("fmd-zero", "fork-merge decoding, zero masking (the paper's)", {"masking": "zero"}, ("masking",)),
         _fmd_method(
             "fmd-attention",
             "fork-merge decoding, attention masking (ours)",
-            "attention",
+            {"masking": "attention"},
+            ("masking", "mask_scale", "alpha"),
+        ),
+        _fmd_method(
+            "fmd-routed",
+            "fork-merge decoding, attention masking, branches weighed by what the question needs (ours)",
+            {"masking": "attention", "text_weight": "auto"},
             ("masking", "mask_scale", "alpha"),
         ),
         Method(
@@ -166,6 +215,7 @@ METHODS: dict[str, Method] = {
                 "modalities": 'which features: ("visual",), ("audio",) or ("visual", "audio")',
                 "seed": "of the noise",
             },
+            Passes(2, 2),
         ),
         Method(
             "avcd",
@@ -177,6 +227,7 @@ METHODS: dict[str, Method] = {
                 "beta": "plausibility of a token, relative to the likeliest",
                 "min_entropy": "in nats: steps below it are decoded plainly",
             },
+            Passes(4, 4, "a step below min_entropy is 1"),
         ),
         Method(
             "pai",
@@ -190,6 +241,43 @@ METHODS: dict[str, Method] = {
                 "first_layer": "the layers before it are left alone",
                 "modalities": 'whose positions are raised: ("visual",), ("audio",) or both',
             },
+            Passes(2, 2, "1 and 1 with gamma=1"),
+        ),
+        Method(
+            "mad",
+            "modality-adaptive decoding: four runs weighed by the model's answer to what the question needs",
+            "Chung et al., arXiv 2601.21181; fmd_ext/lab/baselines/mad.py says what differs",
+            _baseline(baselines.mad),
+            {
+                "gamma": "strength of the contrast",
+                "wording": "how the model is asked: published, or a language of MODALITY_QUESTIONS",
+            },
+            Passes(5, 4, "one prefill asks"),
+            needs_processor=True,
+        ),
+        Method(
+            "outro",
+            "attention outputs turned towards the values of attention sinks; acts only where there are sinks",
+            "Yoo et al., arXiv 2603.14337; fmd_ext/lab/baselines/outro.py says what differs",
+            _baseline(baselines.outro),
+            {
+                "least": "magnitude of a hidden state that makes a sink",
+                "ratio": "the same, relative to the median",
+                "gamma": "how far outputs are turned",
+                "temperature": "how soon a turn is a full one",
+            },
+        ),
+        Method(
+            "drop",
+            "a control: the prompt loses the modality that its question does not need",
+            "no published method; fmd_ext/lab/baselines/drop.py",
+            _baseline(baselines.drop),
+            {
+                "needs": "asked, or visual, audio or both for all questions",
+                "wording": "how the model is asked: a language of MODALITY_QUESTIONS",
+            },
+            Passes(note="with needs=asked a short pass per question besides, text only"),
+            needs_processor=True,
         ),
     )
 }

@@ -48,7 +48,8 @@ class Prediction:
         batch: items in the batch.
         error: why there is no answer, such as a file that cannot be read.
         shown: what the model got of the clip: ``frames``, ``picture_s`` and ``sound_s`` (seconds).
-        notes: what was lost on the way, kind to detail; the kinds are in `fmd_ext.lab.eval.clips`.
+        notes: what was lost on the way, kind to detail; the kinds are in `fmd_ext.lab.eval.clips`. And what a baseline
+            says of the prompt, such as that it does not act there.
     """
 
     method: str
@@ -172,7 +173,7 @@ class Results:
         if answered and path.exists():
             self._compare(settings, {name: values for name, values in methods.items() if name in answered})
         if not (answered and path.exists()):
-            rows = [dataclasses.asdict(item) | {"path": str(item.path) if item.path else None} for item in items]
+            rows = [_written(item) for item in items]
             write_atomically(self.folder / "items.json", json.dumps(rows, ensure_ascii=False))
             write_atomically(path, json.dumps(settings, indent=2))
         recorded = self.methods() | methods
@@ -234,10 +235,7 @@ class Results:
     def items(self) -> list[Item]:
         """The benchmark's items as they were when the run began."""
         rows = self._json("items.json")
-        return [
-            Item(**row | {"path": Path(row["path"]) if row["path"] else None, "options": tuple(row["options"])})
-            for row in rows
-        ]
+        return [_item(row) for row in rows]
 
     def predictions(self) -> dict[Key, Prediction]:
         """All predictions of all shares. Of an item that was done twice the first counts; an answer replaces an error.
@@ -303,3 +301,15 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _written(item: Item) -> dict[str, Any]:
+    """As JSON holds it."""
+    paths = {name: str(path) if (path := getattr(item, name)) else None for name in ("path", "sound")}
+    return dataclasses.asdict(item) | paths
+
+
+def _item(row: Mapping[str, Any]) -> Item:
+    """From what `_written` gives; records of earlier versions have no ``sound``."""
+    paths = {name: Path(row[name]) if row.get(name) else None for name in ("path", "sound")}
+    return Item(**{**row, **paths, "options": tuple(row["options"])})

@@ -63,9 +63,11 @@ nothing about any method.</p>{% endif %}
 {% endfor %}
 {% if protocol %}<p class="warning">Answers are read as the benchmark's own script reads them: {{ protocol }}.</p>
 {% endif %}
-<div class="legend"><table class="rows"><tr><th>method</th><th>in full</th><th>settings in force</th></tr>
-{% for name, method, values in legend %}<tr><td class="group">{{ name }}</td><td data-name="in full">{{ method }}</td>
-<td data-name="settings">{{ values }}</td></tr>
+<div class="legend"><table class="rows"><tr><th>method</th><th>in full</th><th>settings in force</th>
+<th>cost</th></tr>
+{% for name, method, values, cost in legend %}<tr><td class="group">{{ name }}</td>
+<td data-name="in full">{{ method }}</td>
+<td data-name="settings">{{ values }}</td><td data-name="cost">{{ cost }}</td></tr>
 {% endfor %}</table></div>
 {% if notes %}
 <h2>What the model did not get, or did not finish</h2>

@@ -240,15 +240,17 @@ class Runner:
                 batch=len(group.items),
                 shown=shown,
                 notes=notes
+                | said_of_it
                 | ({} if ended else {CUT_OFF: f"after {tokens} tokens"})
                 | ({NON_FINITE: f"in {steps} of {tokens} steps"} if steps else {}),
             )
-            for item, text, tokens, ended, steps, shown, notes in zip(
+            for item, text, tokens, ended, steps, said_of_it, shown, notes in zip(
                 group.items,
                 said.texts,
                 said.tokens,
                 said.ended,
                 said.non_finite_steps,
+                said.notes,
                 group.shown,
                 group.notes,
                 strict=True,

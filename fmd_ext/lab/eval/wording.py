@@ -12,7 +12,16 @@ from fmd_ext.lab.eval.statistics import Estimate
 from fmd_ext.lab.eval.tables import Cell
 
 # Settings that stand in a method's short name, by their letters.
-LETTERS = {"fork_layers": "L", "alpha": "α", "mask_scale": "m", "text_weight": "t", "contrast": "c", "beta": "β"}
+LETTERS = {
+    "fork_layers": "L",
+    "alpha": "α",
+    "mask_scale": "m",
+    "text_weight": "t",
+    "contrast": "c",
+    "beta": "β",
+    "needs": "",  # a word itself
+    "wording": "",
+}
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
@@ -31,6 +40,15 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
         taken = set(names.values())
         names[method] = next(n for n in (name, *(f"{name} ({k})" for k in range(2, 99))) if n not in taken)
     return names
+
+
+def passes_of(method: str) -> str:
+    """What a method costs, as `methods.Passes` writes it; "" for predictions made elsewhere."""
+    try:
+        (choice,) = parse_methods(method)
+    except ValueError:
+        return ""
+    return str(choice.method.passes)
 
 
 def _brief(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +16,7 @@ import transformers
 from fmd_ext.config import FMDConfig
 from fmd_ext.lab import trained
 from fmd_ext.lab.bench.machine import describe
+from fmd_ext.lab.evidence.alternatives import measure_alternatives
 from fmd_ext.lab.evidence.answers import YesNoQuestions
 from fmd_ext.lab.evidence.measure import (
     attention_before_and_after,
@@ -24,10 +26,14 @@ from fmd_ext.lab.evidence.measure import (
     measure_text_weights,
 )
 from fmd_ext.lab.evidence.page import write_page
+from fmd_ext.lab.evidence.prompts import WholePrompts
+from fmd_ext.lab.evidence.rivals import ROUTED, measure_rivals
+from fmd_ext.lab.evidence.rivals_page import DISAGREEING
 from fmd_ext.lab.synthetic import Scene, split_scenes
 from fmd_ext.lab.synthetic.dataset import BALANCED
 from fmd_ext.lab.training.pool import Pool, build_pool
 
+FAMILIES = ("avhbench",)  # of questions on which methods are compared
 PROMPTS = 100  # for the attention shares
 
 
@@ -37,33 +43,49 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="page, data and plots (%(default)s)")
     parser.add_argument("--val-clips", type=int, default=360, help="(%(default)s)")
     parser.add_argument("--test-clips", type=int, default=1020, help="(%(default)s)")
+    parser.add_argument("--rival-clips", type=int, default=90, help="of validation, for rivals' settings (%(default)s)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="compare the methods on this model only, as scripts/train makes it, and add it to the record",
+    )
     parser.add_argument("--page-only", action="store_true", help="write page and plots anew from the recorded data")
     args = parser.parse_args()
     record = args.docs / "data" / "evidence.json"
-    if not args.page_only:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
+    if args.model:
+        found = json.loads(record.read_text())
+        for name, folder in (given.split("=", 1) for given in args.model):
+            others = [model for model in found["models"] if model["name"] != name]
+            rivals = compared(Path(folder), args.work, args.rival_clips, args.test_clips)
+            found["models"] = [*others, {"name": name, "rivals": rivals}]
+        record.write_text(json.dumps(found, indent=1))
+    elif not args.page_only:
         found = collect(args.work, args.val_clips, args.test_clips)
+        found["rivals"] = compared(trained.MODEL, args.work, args.rival_clips, args.test_clips)
+        found["models"] = []
         record.write_text(json.dumps(found, indent=1))
         best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
         FMDConfig(**found["chosen"][best]["settings"]).to_file(trained.SETTINGS)
+        rows = {row["name"]: row for row in found["rivals"]["methods"]}
+        FMDConfig(**rows[ROUTED]["settings"]).to_file(trained.ROUTED)
+        trained.FIGURES.write_text(json.dumps(demo_figures(found), indent=1) + "\n")
     write_page(json.loads(record.read_text()), args.docs)
 
 
 def collect(work: Path, val_clips: int, test_clips: int) -> dict:
-    """Everything that the page shows."""
-    processor = transformers.AutoProcessor.from_pretrained(trained.MODEL)
-    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(trained.MODEL).eval()
-
-    def clips_of(split: str, clips: int) -> tuple[Pool, list[Scene]]:
-        scenes = split_scenes(split, clips, BALANCED)
-        return build_pool(work / split, processor, scenes), scenes
-
-    chosen = choose(YesNoQuestions(model, processor, *clips_of("val", val_clips)), model)
-    pool, scenes = clips_of("test", test_clips)
+    """Everything that the page shows of the package's model, but the rivals."""
+    model, processor = load(trained.MODEL)
+    validation = YesNoQuestions(model, processor, *clips_of(work, processor, "val", val_clips))
+    chosen = choose(validation, model)
+    pool, scenes = clips_of(work, processor, "test", test_clips)
     test = YesNoQuestions(model, processor, pool, scenes)
     settings = [chosen[masking]["settings"] for masking in ("zero", "attention")]
     return {
         "chosen": chosen,
+        "alternatives": measure_alternatives(validation, model, PROMPTS),
         "test": measure(test, model, chosen),
         "tasks": measure_tasks(model, processor, pool, scenes),
         "text_weight": measure_text_weights(test, model),
@@ -72,6 +94,38 @@ def collect(work: Path, val_clips: int, test_clips: int) -> dict:
         "parameters": model.num_parameters(),
         **describe(torch.device("cpu")),
     }
+
+
+def demo_figures(found: dict) -> dict:
+    """What `fmd-ext demo` tells: accuracy in % where the senses disagree, of sound and of picture, by method."""
+    rows = {row["name"]: row for row in found["rivals"]["methods"]}
+    names = {"vanilla": "vanilla", "FMD": "FMD", "FMD routed": ROUTED}
+    told = {
+        name: [round(100 * rows[row]["groups"][group]["value"], 1) for group in DISAGREEING]
+        for name, row in names.items()
+    }
+    return {"clips": found["rivals"]["clips"], "disagreeing": told}
+
+
+def compared(folder: Path, work: Path, val_clips: int, test_clips: int) -> dict:
+    """All methods on the model in ``folder``."""
+    model, processor = load(folder)
+    pool, scenes = clips_of(work, processor, "val", val_clips)
+    validation = WholePrompts(model, processor, pool, scenes, ["avhbench"])
+    test = WholePrompts(model, processor, *clips_of(work, processor, "test", test_clips), FAMILIES)
+    return measure_rivals(model, validation, test)
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model and processor."""
+    model = transformers.Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder).eval()
+    return model, transformers.AutoProcessor.from_pretrained(folder)
+
+
+def clips_of(work: Path, processor: Any, split: str, clips: int) -> tuple[Pool, list[Scene]]:
+    """The first ``clips`` clips of a split, rendered once below ``work``."""
+    scenes = split_scenes(split, clips, BALANCED)
+    return build_pool(work / f"{split}{clips}", processor, scenes), scenes
 
 
 if __name__ == "__main__":

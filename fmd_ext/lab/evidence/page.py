@@ -12,6 +12,7 @@ from fmd_ext.lab.diagnose import AttentionShare
 from fmd_ext.lab.diagnose.attention import LayerShare
 from fmd_ext.lab.diagnose.plots import Curve, curves, share_per_layer
 from fmd_ext.lab.evidence.measure import ALPHAS, DISAGREEING, GROUPS, MASK_SCALES, TASKS, TEXT_DEPTHS
+from fmd_ext.lab.evidence.rivals_page import rivals_lines
 from fmd_ext.lab.plotting import figure, save, styled
 from fmd_ext.lab.synthetic.scenes import RELATIONS
 from fmd_ext.lab.training.loop import MIXTURES
@@ -143,7 +144,8 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
         f"{sum(clips.clips.values())} clips of a step {clips.clips['video']} have a picture only, "
         f"{clips.clips['audio']} a sound only and {clips.clips['both']} both; where both are there, they agree in "
         f"{clips.agreeing:.0%} of the clips. In the last part {last.clips['compared']} clips are added of which "
-        "only is asked whether picture and sound match. The model never sees a masked embedding. "
+        "only is asked whether picture and sound match. Without a clip it is also asked which modality a question "
+        "needs. The model never sees a masked embedding. "
         f"The curve, over {training[-1]['step']} steps:"
     )
     yield from ("", "![training curve](images/evidence_training.png)", "")
@@ -192,9 +194,8 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
         yield ""
     yield from ("## Weight of the merge, soft masking", "", "![alpha and mask scale](images/evidence_weights.png)", "")
     yield (
-        "A mask scale of 1 masks nothing: both branches are then the unpatched model. Below 1 but above 0 it acts on "
-        "the residual stream only: the norm before the first attention divides a factor out again, so that in the "
-        "first layer keys and values of a scaled embedding are those of the embedding itself."
+        "A mask scale of 1 masks nothing. Between 0 and 1 it acts on the residual stream only: the norm before the "
+        "first attention divides the factor out again."
     )
     yield ""
     yield from ("## Who leads at text positions", "", "![text weight](images/evidence_text_weight.png)", "")
@@ -209,10 +210,10 @@ def _lines(found: dict[str, Any], training: Sequence[dict[str, Any]]) -> Iterato
             "With all layers forked the branches never meet before the answer: alone, the audio branch answers "
             f"{alone[0.0][heard]['value']:.1%} of the questions about sound on disagreeing clips (vanilla "
             f"{test['vanilla'][heard]['value']:.1%}), the visual branch {alone[1.0][seen]['value']:.1%} of those about "
-            f"the picture (vanilla {test['vanilla'][seen]['value']:.1%}). That is what masking can reach in this "
-            "model; the average of both reaches what the tables above say."
+            f"the picture (vanilla {test['vanilla'][seen]['value']:.1%}). That is what masking can reach in this model."
         )
     yield ""
+    yield from rivals_lines(found)
     yield from ("## Attention", "", "![attention of the last question token](images/evidence_attention.png)", "")
     yield "Where the last token of a question about the sound looks, mean over heads and 100 questions; per layer:"
     yield ""

@@ -15,6 +15,8 @@ _HERE = Path(__file__).resolve().parent
 
 MODEL = _HERE / "model"  # as `from_pretrained` loads it
 SETTINGS = _HERE / "settings.json"  # of fork-merge decoding, chosen on validation clips
+ROUTED = _HERE / "routed.json"  # the same with text_weight="auto"
+FIGURES = _HERE / "figures.json"  # those of docs/evidence.md that the demo shows
 CLIPS = _HERE / "clips"  # laid out as ``python -m fmd_ext.lab.synthetic`` does
 
 

@@ -128,7 +128,7 @@ def embed_opening(
 
 
 def packed_hidden(model: nn.Module, opening: Opening, opening_embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """The decoder's output [clips, text length, hidden] at the text behind the openings [clips or 1, length, hidden]."""
+    """The decoder's output [clips, text length, hidden] at the text behind openings [clips or 1, length, hidden]."""
     decoder = find_adapter(model).find_decoder(model)
     opening_embeds = opening_embeds.expand(len(packed.ids), -1, -1)
     embeds = torch.cat([opening_embeds, decoder.get_input_embeddings()(packed.ids)], dim=1)

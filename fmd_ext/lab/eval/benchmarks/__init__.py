@@ -12,9 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fmd_ext.inputs.media import MediaError, check_clip
-from fmd_ext.lab.eval.benchmarks.avhbench import AVHBENCH
+from fmd_ext.lab.eval.benchmarks.avhbench import AVHBENCH, AVHBENCH_DEDUPLICATED
 from fmd_ext.lab.eval.benchmarks.avqa import AVQA
 from fmd_ext.lab.eval.benchmarks.base import Benchmark, DataError, Findings, Prompt, ask, read_records
+from fmd_ext.lab.eval.benchmarks.cmm import CMM
+from fmd_ext.lab.eval.benchmarks.daily_omni import DAILY_OMNI, DAILY_OMNI_PICTURE, DAILY_OMNI_SOUND
 from fmd_ext.lab.eval.benchmarks.music_avqa import MUSIC_AVQA
 from fmd_ext.lab.eval.benchmarks.video_mme import VIDEO_MME
 from fmd_ext.lab.eval.benchmarks.worldsense import WORLDSENSE
@@ -22,7 +24,21 @@ from fmd_ext.lab.eval.items import Item
 
 __all__ = ["BENCHMARKS", "Benchmark", "DataError", "Loaded", "Prompt", "load", "select", "unreadable"]
 
-BENCHMARKS: dict[str, Benchmark] = {b.name: b for b in (AVHBENCH, MUSIC_AVQA, AVQA, VIDEO_MME, WORLDSENSE)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        AVHBENCH,
+        AVHBENCH_DEDUPLICATED,
+        MUSIC_AVQA,
+        AVQA,
+        VIDEO_MME,
+        WORLDSENSE,
+        CMM,
+        DAILY_OMNI,
+        DAILY_OMNI_PICTURE,
+        DAILY_OMNI_SOUND,
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +114,7 @@ def unreadable(items: Sequence[Item], *, progress: bool = False) -> list[str]:
 
     ``progress`` shows a bar on a terminal.
     """
-    paths = list(dict.fromkeys(item.path for item in items if item.path is not None))
+    paths = list(dict.fromkeys(path for item in items for path in (item.path, item.sound) if path is not None))
 
     def problem(path: Path) -> str | None:
         try:

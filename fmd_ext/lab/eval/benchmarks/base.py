@@ -14,6 +14,7 @@ from fmd_ext.lab.eval.items import Item
 
 KEY = "(key)"  # under which a record of a file that holds them by name keeps its name
 MEDIA = frozenset({".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv"})
+SOUND = frozenset({".wav", ".mp3", ".flac", ".m4a", ".ogg", ".aac"})
 
 
 class DataError(ValueError):
@@ -78,7 +79,7 @@ class Findings:
 
     Attributes:
         malformed: one line per record that cannot be used.
-        missing: names of videos that are asked about and not there.
+        missing: names of videos and sound files that are asked about and not there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,21 +87,33 @@ class Findings:
         self.malformed: list[str] = []
         self.missing: dict[str, None] = {}
         self._by_name: dict[str, list[Path]] = collections.defaultdict(list)
+        self._sounds: dict[str, list[Path]] = collections.defaultdict(list)
         for path in _files_below(folder):
-            if path.suffix.lower() in MEDIA and path.is_file():
-                self._by_name[path.stem].append(path)
+            for kinds, by_name in ((MEDIA, self._by_name), (SOUND, self._sounds)):
+                if path.suffix.lower() in kinds and path.is_file():
+                    by_name[path.stem].append(path)
 
     def video(self, name: str) -> Path | None:
         """The media file of a video, by its name without suffix or its path below the data folder."""
-        stem = Path(name).stem if Path(name).suffix.lower() in MEDIA else Path(name).name
-        found = self._by_name.get(stem, [])
+        return self._found(name, self._by_name, MEDIA, "video")
+
+    def sound(self, name: str) -> Path | None:
+        """The sound file of that name, or path below the data folder; else the video file, whose sound it may be."""
+        if not self._found(name, self._sounds, SOUND, "") and self._found(name, self._by_name, MEDIA | SOUND, ""):
+            return self._found(name, self._by_name, MEDIA | SOUND, "video")
+        return self._found(name, self._sounds, SOUND, "sound")
+
+    def _found(self, name: str, by_name: Mapping[str, list[Path]], suffixes: frozenset[str], what: str) -> Path | None:
+        """``what``: a name for complaints; "" makes none."""
+        stem = Path(name).stem if Path(name).suffix.lower() in suffixes else Path(name).name
+        found = by_name.get(stem, [])
         if "/" in name:
             parts = (*Path(name.lstrip("/")).parts[:-1], stem)
             found = [path for path in found if (*path.parts[:-1], path.stem)[-len(parts) :] == parts]
-        if len(found) > 1:
-            self.malformed.append(f"video {name} is there {len(found)} times: {found[0]}, {found[1]}")
+        if len(found) > 1 and what:
+            self.malformed.append(f"{what} {name} is there {len(found)} times: {found[0]}, {found[1]}")
         if not found:
-            self.missing[name] = None
+            self.missing.update({name: None} if what else {})
             return None
         return found[0]
 

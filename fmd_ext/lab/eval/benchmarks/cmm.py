@@ -1,0 +1,77 @@
+"""CMM, the Curse of Multi-Modalities (arXiv 2410.12787): yes/no questions about what is there and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt
+from fmd_ext.lab.eval.items import Item
+
+# The paper's measures are accuracies: of the questions whose answer is yes, and of those whose answer is no.
+MEASURES = {"yes": "perception accuracy", "no": "hallucination resistance"}
+_NAMES = ("category", "sub_category", "modality", "granularity", "question", "answer")
+
+
+def read(records: list[Any], findings: Findings) -> list[Item]:
+    """A record names a video, a sound file, or both; what it does not name ("None", null) is not given to the model."""
+    items: list[Item] = []
+    for number, record in enumerate(records, 1):
+        where = f"record {number}"
+        values = findings.fields(record, _NAMES, where)
+        if values is None:
+            continue
+        category, sub_category, modality, granularity, question, label = map(str, values)
+        answer = label.strip().lower().rstrip(".")
+        video, sound = (_path(record.get(name)) for name in ("video_path", "audio_path"))
+        if answer not in MEASURES:
+            findings.malformed.append(f"{where} has the answer {label!r}, not yes or no")
+            continue
+        if not video and not sound:
+            findings.malformed.append(f"{where} names neither a video_path nor an audio_path")
+            continue
+        path, own = findings.video(video) if video else findings.sound(sound), None
+        if video and sound:
+            own = findings.sound(sound)
+            path = None if own is None else path  # never the video with another sound
+        items.append(
+            Item(
+                id=f"{number}",
+                video=video or sound,
+                path=path,
+                sound=own,
+                senses="both" if video and sound else "picture" if video else "sound",
+                question=question.strip(),
+                kind="yes-no",
+                answer=answer,
+                categories={
+                    "measure": MEASURES[answer],
+                    "category": category,
+                    "sub-category": sub_category,
+                    "sub-category measure": f"{sub_category}, {MEASURES[answer]}",
+                    "granularity": granularity,
+                    "modality": modality,
+                },
+            )
+        )
+    return items
+
+
+def _path(value: Any) -> str:
+    text = str(value or "").strip()
+    return "" if text.lower() in ("", "none", "null") else text.removeprefix("./")
+
+
+CMM = Benchmark(
+    name="cmm",
+    title="CMM",
+    source="https://github.com/DAMO-NLP-SG/CMM (all_data_final_reorg.json and the clips, from its dataset's page)",
+    files=("all_data_final_reorg.json", "cmm.json", "test.json"),
+    read=read,
+    prompts={
+        "default": Prompt("{question}", "the published questions, which say themselves how to answer"),
+        "plain": PLAIN,
+    },
+    published={"all": 2400},
+    tables=("measure", "sub-category measure", "category", "granularity", "modality"),
+    notes="A question with a video alone is asked without its sound, one with a sound file alone without a picture.",
+)

@@ -1,0 +1,72 @@
+"""Daily-Omni (arXiv 2505.17862): multiple choice about everyday videos, with both senses or one of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from fmd_ext.lab.eval.benchmarks.base import LETTER, PLAIN, Benchmark, Findings, choice_of
+from fmd_ext.lab.eval.items import Item
+
+_TITLES = {"both": "Daily-Omni", "picture": "Daily-Omni, picture only", "sound": "Daily-Omni, sound only"}
+_NAMES = {"both": "daily-omni", "picture": "daily-omni-picture", "sound": "daily-omni-sound"}
+_TYPES = {
+    "AV Event Alignment": 238,
+    "Comparative": 131,
+    "Context understanding": 193,
+    "Event Sequence": 306,
+    "Inference": 154,
+    "Reasoning": 175,
+}
+
+
+def read(senses: str, records: list[Any], findings: Findings) -> list[Item]:
+    """Records have no id: an item is the n-th of its video. Picture and sound are files of their own."""
+    items: list[Item] = []
+    count: dict[str, int] = {}
+    for number, record in enumerate(records, 1):
+        values = findings.fields(record, ("video_id", "Question", "Choice", "Answer", "Type"), f"record {number}")
+        if values is None:
+            continue
+        video, question, choices, answer, kind = values
+        choice = choice_of(choices, str(answer).strip().rstrip("."))
+        if choice is None:
+            findings.malformed.append(f"record {number}: Answer {answer!r} is no letter of the choices {choices!r}")
+            continue
+        name = str(video)
+        count[name] = count.get(name, 0) + 1
+        picture = None if senses == "sound" else findings.video(f"{name}_video")
+        sound = None if senses == "picture" else findings.sound(f"{name}_audio")
+        named = {"duration": "video_duration", "category": "video_category", "topic": "content_parent_category"}
+        items.append(
+            Item(
+                id=f"{name}/{count[name]}",
+                video=name,
+                path=sound if senses == "sound" else picture if senses == "picture" or sound else None,
+                sound=sound if senses == "both" else None,
+                senses=senses,
+                question=str(question).strip(),
+                kind="choice",
+                answer=choice[1],
+                options=choice[0],
+                categories={"type": str(kind)} | {k: str(record.get(v) or "unknown") for k, v in named.items()},
+            )
+        )
+    return items
+
+
+DAILY_OMNI, DAILY_OMNI_PICTURE, DAILY_OMNI_SOUND = (
+    Benchmark(
+        name=_NAMES[senses],
+        title=_TITLES[senses],
+        source="https://github.com/Lliar-liar/Daily-Omni (qa.json; Videos/<id>/<id>_video.mp4 and <id>_audio.wav)",
+        files=("qa.json", "daily_omni.json"),
+        read=functools.partial(read, senses),
+        prompts={"default": LETTER, "plain": PLAIN},
+        published={"qa.json": 1197},
+        published_groups={"type": _TYPES},
+        tables=("type", "duration", "category", "topic"),
+        notes="Three benchmarks, by what the model is given: both senses, picture only, sound only.",
+    )
+    for senses in ("both", "picture", "sound")
+)

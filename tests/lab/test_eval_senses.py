@@ -1,0 +1,130 @@
+"""Benchmarks that say which sense is given: CMM and Daily-Omni; and AVHBench with each question once."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from eval_data import FILES, records, write_benchmark, write_json
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS, load
+from fmd_ext.lab.eval.clips import ClipInputs, Reading
+from fmd_ext.lab.eval.predictions import _item, _written
+from fmd_ext.lab.tiny import tiny_processor
+
+NAMES = ("cmm", "daily-omni", "daily-omni-picture", "daily-omni-sound")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("senses")
+    return {name: write_benchmark(root / name, name) for name in NAMES}
+
+
+def shown(items):
+    """(frames, seconds of sound) of what the model is given."""
+    read = ClipInputs(tiny_processor(), Reading()).read(items)
+    assert not [clip for clip in read if isinstance(clip, str)], read
+    return [(clip.seconds["frames"] > 0, clip.seconds["sound_s"] > 0) for clip in read]
+
+
+def test_cmm(folders):
+    """What a record does not name is not given, though the video file has a sound of its own."""
+    loaded = load("cmm", folders["cmm"])
+    assert [item.senses for item in loaded.items] == ["picture", "sound", "both"] and not loaded.missing
+    assert [item.answer for item in loaded.items] == ["yes", "no", "no"]
+    assert [item.categories["measure"] for item in loaded.items] == [
+        "perception accuracy",
+        "hallucination resistance",
+        "hallucination resistance",
+    ]
+    assert loaded.items[2].categories["sub-category measure"] == "visual-audio-language, hallucination resistance"
+    assert loaded.items[0].prompt == "Did you see a dog in the video? Answer with yes or no."
+    assert loaded.items[1].path.suffix == ".wav" and loaded.items[2].sound.name == "c_sound.wav"
+    assert shown(loaded.items) == [(True, False), (False, True), (True, True)]
+
+
+def test_the_sound_is_that_of_its_own_file(folders):
+    item = load("cmm", folders["cmm"]).items[2]
+    inputs = ClipInputs(tiny_processor(), Reading())
+    clip = inputs.read([item])[0].clip
+    expected = 0.1 * np.random.default_rng(3).standard_normal(16000)
+    assert np.corrcoef(clip.audio[:16000], expected[: clip.audio.size])[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("name, given", [("daily-omni", (True, True)), ("daily-omni-picture", (True, False)),
+                                         ("daily-omni-sound", (False, True))])  # fmt: skip
+def test_daily_omni_has_three_modes(folders, name, given):
+    loaded = load(name, folders[name])
+    assert [item.id for item in loaded.items] == ["x1/1", "x1/2"] and [item.answer for item in loaded.items] == [
+        "B",
+        "A",
+    ]
+    assert loaded.items[0].options == ("A horn", "A bell", "A voice", "Nothing")
+    assert loaded.items[1].categories == {
+        "type": "Reasoning",
+        "duration": "60s",
+        "category": "Autos & Vehicles",
+        "topic": "unknown",
+    }
+    assert shown(loaded.items) == [given, given]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_items_come_back_from_a_record(folders, name):
+    items = load(name, folders[name]).items
+    assert [_item(_written(item)) for item in items] == items
+    old = {key: value for key, value in _written(items[0]).items() if key not in ("sound", "senses")}
+    assert _item(old).senses == "both" and _item(old).sound is None
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("cmm", {"answer": "perhaps"}, "record 1 has the answer 'perhaps', not yes or no"),
+        ("cmm", {"video_path": "None"}, "record 1 names neither a video_path nor an audio_path"),
+        ("daily-omni", {"Answer": "E"}, "record 1: Answer 'E' is no letter of the choices"),
+    ],
+)
+def test_wrong_records_are_listed(tmp_path, name, change, message):
+    write_json(tmp_path / FILES[name], [{**records(name)[0], **change}, *records(name)])
+    loaded = load(name, tmp_path)
+    assert [line for line in loaded.malformed if message in line] and len(loaded.items) == len(records(name))
+    assert loaded.missing
+
+
+def test_a_video_without_the_sense_that_is_asked_about_is_told(tmp_path):
+    write_benchmark(tmp_path, "daily-omni")
+    (tmp_path / "Videos/x1/x1_video.mp4").write_bytes((tmp_path / "Videos/x1/x1_audio.wav").read_bytes())
+    (said, _) = ClipInputs(tiny_processor(), Reading()).read(load("daily-omni-picture", tmp_path).items)
+    assert "has no picture, and the question is about it alone" in said
+
+
+@pytest.mark.parametrize("name, sound", [("cmm", "visual-audio/c_sound.wav"), ("daily-omni", "Videos/x1/x1_audio.wav")])
+def test_a_video_is_never_asked_about_with_another_sound(tmp_path, name, sound):
+    write_benchmark(tmp_path, name)
+    (tmp_path / sound).unlink()
+    loaded = load(name, tmp_path)
+    asked = [item for item in loaded.items if item.senses == "both"]
+    assert asked and all(item.path is None for item in asked) and loaded.missing
+
+
+def test_daily_omni_has_its_published_counts(tmp_path):
+    types = BENCHMARKS["daily-omni"].published_groups["type"]
+    rows = [dict(records("daily-omni")[0], Type=kind) for kind, count in types.items() for _ in range(count)]
+    write_json(tmp_path / "qa.json", rows)
+    assert load("daily-omni", tmp_path).count_report() == ["as many questions as published (qa.json)"]
+
+
+def test_avhbench_may_ask_each_question_once(tmp_path):
+    """A pair with one label is asked once, one with both labels not at all; captions stay."""
+    rows = records("avhbench")
+    rows += [rows[0], dict(rows[5], label="Yes"), rows[6]]
+    write_json(tmp_path / FILES["avhbench"], rows)
+    whole, once = load("avhbench", tmp_path).items, load("avhbench-deduplicated", tmp_path).items
+    assert len(whole) == 10 and len(once) == 7
+    asked = collections.Counter((item.video, item.question) for item in once if item.kind == "yes-no")
+    assert set(asked.values()) == {1} and ("00002", "Is the car visible in the video?") not in asked
+    assert sum(item.kind == "caption" for item in once) == 2
+    assert [item.id for item in once] == [item.id for item in whole if item in once]  # the ids of the whole file
