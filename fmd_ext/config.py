@@ -71,6 +71,10 @@ class FMDConfig:
                 "use masking='zero' for soft masking"
             )
 
+    def __hash__(self) -> int:
+        """Equal settings have one hash, weights per modality included."""
+        return hash(tuple(tuple(sorted(v.items())) if isinstance(v, Mapping) else v for v in vars(self).values()))
+
     @classmethod
     def from_file(cls, path: str | Path) -> FMDConfig:
         """The settings in a file that `to_file` or ``fmd-ext calibrate`` has written; null or absent: the default.

@@ -35,6 +35,14 @@ def test_alpha_per_modality():
     assert config == FMDConfig(alpha={"visual": 0.25, "audio": 1.0}).resolve(FMDConfig(), 4)
 
 
+def test_equal_settings_are_one_key():
+    """The decode runner keeps its steps by the settings."""
+    weights = {"visual": 0.25, "audio": 1.0}
+    for name in ("alpha", "text_weight"):
+        one, other = FMDConfig(**{name: weights}), FMDConfig(**{name: dict(reversed(weights.items()))})
+        assert one == other and hash(one) == hash(other) and len({one, other, FMDConfig(**{name: 0.5})}) == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [

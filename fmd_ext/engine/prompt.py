@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ class Prompt:
         given = self.mask_width, self.is_read, self.virtual, self.routes
         prompt = Prompt(self.labels, self.source, first, branch_embeds, *given)
         prompt._origin = self._origin
+        return prompt
+
+    def with_routes(self, routes: Routes | None) -> Prompt:
+        """The same prompt, routed. It is a copy: the labels of a context serve prompts with several questions."""
+        prompt = copy.copy(self)
+        prompt.routes = routes
         return prompt
 
     def is_one_with(self, other: Prompt | None) -> bool:

@@ -53,7 +53,10 @@ class _Entry:
 
     def routes(self, ids: torch.Tensor | None, labels: np.ndarray | None) -> Routes | None:
         """What the questions of a prompt need, where the settings leave it to them; ``labels`` are those of ``ids``."""
-        if self.asking is None or self.session.routes_of_context is not None:
+        if self.asking is None:
+            return None
+        self.asking.last = None
+        if self.session.routes_of_context is not None:
             return None
         if labels is None or not (labels > TEXT).any():
             return None
@@ -82,8 +85,9 @@ class EntryForward(_Entry):
         call = self.arguments(args, kwargs)
         with torch.no_grad():
             prompt = self._prompt(call, modality_labels)
-            if prompt is not None and prompt.routes is None and not cached(call):
-                prompt.routes = self.routes(call.get("input_ids"), prompt.labels)
+            if self.asking is not None and not cached(call) and (prompt is None or prompt.routes is None):
+                routes = self.routes(call.get("input_ids"), None if prompt is None else prompt.labels)
+                prompt = prompt and prompt.with_routes(routes)
             if self.branch_inputs and branch_embeds is None:
                 call = getattr(module, self.branch_inputs)(session.config.mask_scale, **call)
                 branch_embeds = call.pop("branch_embeds", None)
@@ -197,7 +201,7 @@ class EntryGenerate(_Entry):
         state = state_of(call.get(self.cache_name))
         if state is not None and state.has_forked:
             if self.asking is None or self.session.routes_of_context is not None:
-                return None
+                return self.routes(None, None)
             return self.asking.routes_of_turn(ids)
         if labels is not None:  # they count virtual and cached positions that the ids may not have
             first = prompt.virtual + (past if only_new(ids, call.get("attention_mask"), past) else 0)

@@ -136,7 +136,7 @@ class Asking:
     """Asks one patched model about questions, and keeps the answers. One per patch.
 
     Attributes:
-        last: the routes that were found last.
+        last: the routes of the last prompt; None where nothing was asked about it.
     """
 
     def __init__(self, session: Session, entry: nn.Module, decoder: nn.Module, router: Router) -> None:
@@ -154,16 +154,18 @@ class Asking:
         Of a sample without a clip nothing is asked.
         """
         prompts = zip(ids.cpu().numpy(), labels, strict=True)
-        return self.routes(
+        self.last = self.routes(
             [
                 self.router.question_of(own[: len(label)], label) if (label > TEXT).any() else ""
                 for own, label in prompts
             ]
         )
+        return self.last
 
     def routes_of_turn(self, ids: torch.Tensor) -> Routes:
         """The routes of a later turn, whose clips are cached: token ids [batch, length]."""
-        return self.routes([self.router.question_of(own, np.zeros(len(own))) for own in ids.cpu().numpy()])
+        self.last = self.routes([self.router.question_of(own, np.zeros(len(own))) for own in ids.cpu().numpy()])
+        return self.last
 
     def routes(self, questions: Sequence[str]) -> Routes:
         """The routes of ``questions``; without a question, all that is there is asked for: both."""
@@ -177,8 +179,7 @@ class Asking:
         found = np.stack([self._kept[question] if question else nothing for question in questions])
         while len(self._kept) > KEPT_ROUTES:
             self._kept.popitem(last=False)
-        self.last = Routes(found, tuple(question or None for question in questions))
-        return self.last
+        return Routes(found, tuple(question or None for question in questions))
 
     def _asked(self, questions: Sequence[str]) -> np.ndarray:
         """float32 [n, 3]: the model's own answers, by the probabilities of their first tokens."""

@@ -40,11 +40,11 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
     for variant in ("merged", "zero", "attention"):
         assert candidates[f"branched_prefill/{variant}"] == candidates[f"branched_decode/{variant}"] == attention
     models = ["vanilla", "attention masking", "zero masking", "zero masking, alpha auto", "two passes"]
-    models += ["attention masking, asked first"]
+    models += ["attention masking, asked first", "zero masking, no fusions", "zero masking, all fusions"]
     assert candidates["model_prefill/tiny"] == models
-    static = [f"{name}, runner" for name in models[:3]]
+    static = [f"{name}, runner" for name in models[:3] + models[-2:]]
     assert candidates["model_decode/tiny"] == models + static
-    assert candidates["model_generate/tiny"] == models[:3] + static
+    assert candidates["model_generate/tiny"] == models[:3] + static[:3]
     for case in quick["cases"]:
         assert case["rounds"] == 2
         for index, candidate in enumerate(case["candidates"]):

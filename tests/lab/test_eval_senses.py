@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from eval_data import FILES, records, write_benchmark, write_json
+from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, load
-from fmd_ext.lab.eval.clips import ClipInputs, Reading
+from fmd_ext.lab.eval.clips import ClipInputs, Reading, clip_of
+from fmd_ext.lab.eval.exports import OFFICIAL
 from fmd_ext.lab.eval.predictions import _item, _written
+from fmd_ext.lab.lmms_eval.tasks import write_task
 from fmd_ext.lab.tiny import tiny_processor
 
 NAMES = ("cmm", "daily-omni", "daily-omni-picture", "daily-omni-sound")
@@ -101,13 +104,41 @@ def test_a_video_without_the_sense_that_is_asked_about_is_told(tmp_path):
     assert "has no picture, and the question is about it alone" in said
 
 
-@pytest.mark.parametrize("name, sound", [("cmm", "visual-audio/c_sound.wav"), ("daily-omni", "Videos/x1/x1_audio.wav")])
-def test_a_video_is_never_asked_about_with_another_sound(tmp_path, name, sound):
+def test_a_video_is_never_asked_about_with_another_sound(tmp_path):
+    """CMM puts another sound beside a video: without that file there is nothing to ask."""
+    write_benchmark(tmp_path, "cmm")
+    (tmp_path / "visual-audio/c_sound.wav").unlink()
+    loaded = load("cmm", tmp_path)
+    assert [item.path for item in loaded.items if item.senses == "both"] == [None] and loaded.missing
+
+
+@pytest.mark.parametrize("name, given", [("daily-omni", (True, True)), ("daily-omni-sound", (False, True))])
+def test_without_a_sound_file_daily_omni_takes_the_videos_own(tmp_path, name, given):
     write_benchmark(tmp_path, name)
-    (tmp_path / sound).unlink()
+    (tmp_path / "Videos/x1/x1_audio.wav").unlink()
     loaded = load(name, tmp_path)
-    asked = [item for item in loaded.items if item.senses == "both"]
-    assert asked and all(item.path is None for item in asked) and loaded.missing
+    assert not loaded.missing and all(item.path.name == "x1_video.mp4" and item.sound is None for item in loaded.items)
+    assert shown(loaded.items) == [given, given]
+
+
+def test_two_questions_about_one_sample_are_one_cluster(tmp_path):
+    """They follow each other and agree in all categories; their files are named apart. A third one is of the next."""
+    row = records("cmm")[0]
+    rows = [dict(row, video_path=f"./visual-language/{name}.mp4", answer=answer)
+            for name, answer in (("p", "yes"), ("q", "no"), ("r", "yes"))]  # fmt: skip
+    rows += [dict(row, granularity="event-level", video_path="./visual-language/s.mp4")]
+    write_json(tmp_path / FILES["cmm"], rows)
+    items = load("cmm", tmp_path).items
+    assert [item.video[-5:] for item in items] == ["p.mp4", "p.mp4", "r.mp4", "s.mp4"]
+    assert [row["video_path"][-5:] for row in OFFICIAL["cmm"]([(item, "") for item in items])] == [
+        "p.mp4", "q.mp4", "r.mp4", "s.mp4"
+    ]  # fmt: skip
+
+
+def test_the_reports_examples_show_what_the_model_was_given(folders):
+    (first, _, third) = load("cmm", folders["cmm"]).items
+    assert clip_of(first, load_clip).audio is None
+    assert clip_of(third, load_clip).audio.size == load_clip(third.sound).audio.size
 
 
 def test_daily_omni_has_its_published_counts(tmp_path):
@@ -128,3 +159,16 @@ def test_avhbench_may_ask_each_question_once(tmp_path):
     assert set(asked.values()) == {1} and ("00002", "Is the car visible in the video?") not in asked
     assert sum(item.kind == "caption" for item in once) == 2
     assert [item.id for item in once] == [item.id for item in whole if item in once]  # the ids of the whole file
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_harnesses_refuse_what_they_would_give_wrongly(folders, tmp_path, name):
+    with pytest.raises(ValueError, match="only fmd-ext eval does so"):
+        write_task(load(name, folders[name]), tmp_path)
+
+
+def test_cmm_is_told_how_to_answer_in_every_version(tmp_path):
+    rows = records("cmm")
+    write_json(tmp_path / FILES["cmm"], [rows[0], dict(rows[0], question="Did you see a dog in the video?")])
+    first, second = (item.prompt for item in load("cmm", tmp_path).items)
+    assert first == second == "Did you see a dog in the video? Answer with yes or no."

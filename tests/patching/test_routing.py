@@ -96,7 +96,7 @@ def test_logits_are_the_references_with_each_samples_weight(model, settings, pad
         assert (moved > 0.01) == forked, (sample, moved)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("runner", [False, True])
 def test_answers_are_the_references(model, processor, settings, runner):
     """The questions are read off the prompts; the weights hold for the whole answer, cached."""
@@ -282,6 +282,39 @@ def test_labels_by_hand_do_not_reach_the_asking(model, processor):
         with handle.labels(labels):
             torch.testing.assert_close(model(**inputs).logits, expected)
         np.testing.assert_array_equal(handle.last_routes.probabilities, routes.probabilities)
+
+
+def test_prompts_of_one_context_have_their_own_questions(model, processor):
+    """The labels of a context serve several calls; what the first one's question needs is not the second one's."""
+    inputs = build_inputs([VIDEO_AUDIO])
+    labels = find_adapter(model).labels_of(model, inputs["input_ids"])
+    other = inputs["input_ids"].clone()
+    other[0, -1] = 77
+    with fmd_ext.patch(model, text_weight="auto", processor=processor, fork_layers=2) as handle:
+        expected = model(**{**inputs, "input_ids": other}).logits
+        routes = handle.last_routes
+        with handle.labels(labels):
+            model(**inputs)
+            assert handle.last_routes.questions != routes.questions
+            torch.testing.assert_close(model(**{**inputs, "input_ids": other}).logits, expected)
+            assert handle.last_routes.questions == routes.questions
+
+
+def test_last_routes_are_those_of_the_last_prompt(model, processor):
+    """Not those of a prompt before it, nor of a question that was asked about by hand; steps leave them."""
+    inputs = build_inputs([VIDEO_AUDIO])
+    with fmd_ext.patch(model, text_weight="auto", processor=processor, fork_layers=2) as handle:
+        cache = model(**inputs).past_key_values
+        routes = handle.last_routes
+        handle.routes(["Is it loud?"])
+        model(input_ids=torch.tensor([[50]]), past_key_values=cache)
+        assert handle.last_routes is routes
+        model(input_ids=torch.full((1, 5), 50))
+        assert handle.last_routes is None
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert handle.last_routes.questions == routes.questions
+        model.generate(torch.full((1, 5), 50), max_new_tokens=2, do_sample=False)
+        assert handle.last_routes is None
 
 
 def test_a_prompt_without_ids_is_told_once(model, processor, caplog):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fmd_ext.cli import main
-from fmd_ext.lab.trained import MODEL
+from fmd_ext.config import FMDConfig
+from fmd_ext.lab.trained import MODEL, SETTINGS
 from fmd_ext.serve import environment
 from fmd_ext.serve.folder import write_full_model
 
@@ -51,7 +52,8 @@ def test_a_thinker_is_written_out_once(printed):
     assert first[2] == second[2] != str(MODEL) and second[-1] == "--enforce-eager"
     config = json.loads((Path(first[2]) / "config.json").read_text())
     assert config["model_type"] == "qwen2_5_omni"
-    assert '"alpha": 1.0' in " ".join(second), "the built-in model comes with settings of its own"
+    alpha = FMDConfig.from_file(SETTINGS).alpha
+    assert f'"alpha": {alpha}' in " ".join(second), "the built-in model comes with settings of its own"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_switch_changes_the_answer_and_only_where_there_is_something_to_fork
 def test_several_answers_and_a_seed(server):
     options = (("n", 3), ("temperature", 1.5), ("seed", 5), ("max_tokens", 12))
     first, second = (server.answer(Request(QUESTION, SEPARATE, options=options)) for _ in range(2))
-    assert first == second and len(set(first)) == 3
+    assert first == second and len(first) == 3 and len(set(first)) > 1  # drawn apart, and two may be alike
 
 
 def blocks_in_use(server):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from fmd_ext.serve import ARCHITECTURES
 # None of them is what it would be by default.
 SETTINGS = {"fork_layers": 2, "alpha": {"visual": 0.9, "audio": 0.7}, "text_weight": 0.4, "mask_scale": 0.1}
 FRAMES = {"shortest_edge": 9408, "longest_edge": 9408}  # of the bundled model; its processor's class has other defaults
-FIRST_RESERVED = 550  # ids that the written folder adds to those of the bundled model
+# Ids that the written folder adds to those of the bundled model.
+FIRST_RESERVED = json.loads((MODEL / "config.json").read_text())["text_config"]["vocab_size"]
 _MARKED = {
     "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
     "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",

@@ -45,6 +45,7 @@ class Way:
     num_caches: int
     call: Callable[[Tensor, Tensor, Caches], Tensor]
     config: FMDConfig  # of the reference
+    fusions: bool | None = None  # of `patch`
 
 
 def cases(workload: Workload, dtype: torch.dtype, device: torch.device, ops: set[str]) -> Iterator[Case]:
@@ -74,7 +75,8 @@ def cases(workload: Workload, dtype: torch.dtype, device: torch.device, ops: set
         yield Case("model_prefill", size.name, shapes, candidates, work["model_prefill"])
     if "model_decode" in ops:
         candidates = [_decode(way, embeds, labels, logits[way.config]) for way in ways]
-        candidates += [_static_decode(model, way, embeds, labels, logits[way.config]) for way in ways[:3]]
+        static = ways[:3] + [way for way in ways if way.fusions is not None]
+        candidates += [_static_decode(model, way, embeds, labels, logits[way.config]) for way in static]
         yield Case("model_decode", size.name, shapes, candidates, work["model_decode"])
     if "model_generate" in ops:
         candidates = list(_generates(model, ways[:3], embeds, labels, references, new_tokens))
@@ -100,11 +102,16 @@ def _ways(model: nn.Module, fork_layers: int) -> Iterator[Way]:
     yield Way("two passes", 2, TwoPasses(sharing_weights(model), config), config)
     config = settings(fork_layers=fork_layers, masking="attention", text_weight=0.9)
     yield Way("attention masking, asked first", 1, _asked_first(model, config), config)
+    config = settings(fork_layers=fork_layers, masking="zero")
+    for name, fusions in (("no fusions", False), ("all fusions", True)):
+        yield Way(f"zero masking, {name}", 1, _patched(model, config, fusions), config, fusions)
 
 
-def _patched(model: nn.Module, config: FMDConfig) -> Callable[[Tensor, Tensor, Caches], Tensor]:
+def _patched(
+    model: nn.Module, config: FMDConfig, fusions: bool | None = None
+) -> Callable[[Tensor, Tensor, Caches], Tensor]:
     patched = sharing_weights(model)
-    fmd_ext.patch(patched, config)
+    fmd_ext.patch(patched, config, fusions=fusions)
 
     def call(embeds: Tensor, labels: Tensor, caches: Caches) -> Tensor:
         past = caches[0].get_seq_length()
@@ -196,7 +203,7 @@ def _decode(way: Way, embeds: Tensor, labels: Tensor, logits: Logits) -> Candida
 def _static_decode(model: nn.Module, way: Way, embeds: Tensor, labels: Tensor, logits: Logits) -> Candidate:
     """The same step by the decode runner, over static buffers; its buffers are set back, untimed, before the next."""
     patched = sharing_weights(model)
-    runner = fmd_ext.patch(patched, way.config, runner=True).runner
+    runner = fmd_ext.patch(patched, way.config, runner=True, fusions=way.fusions).runner
     length, cache, token = embeds.shape[1] - 1, DynamicCache(), TOKEN.to(embeds.device)
     patched(inputs_embeds=embeds[:, :-1], **cache_kwargs(cache), modality_labels=labels[:, :-1])
     call = {"input_ids": token, "position_ids": torch.full_like(token, length), "use_cache": True}

@@ -16,25 +16,24 @@ from .report import COLUMNS, absent, rows_of, summary
 
 NOTE = "<!-- Written by scripts/benchmarks from docs/data/*.json: change those, never this page. -->"
 INTRODUCTION = """
-`scripts/benchmarks` measures again and rewrites this page. Each run compares every output with plain PyTorch
+`scripts/benchmarks` measures again and rewrites this page. It compares every output with plain PyTorch
 (float64 for ops, float32 for models) before and after it is timed.
 
 * All candidates run once per round, each round in another order. On a GPU an op runs behind other work with cold
   caches, a model on an idle device.
 * `ratio`: time over that of the first candidate of the case in the same round; median and quartiles over rounds.
-* `error`: the largest difference of a row, relative to its largest value.
+* `error`: largest difference of a row, relative to its largest value.
 * `of peak`: the least possible time (every byte once, only visible pairs; for models that of the unpatched one) at
   the copy bandwidth and matrix rate measured in the same run, over the candidate's time.
-
-Candidates:
 
 * `fmd_ext` works on packed rows and slot pools, `eager PyTorch` on the same rows by index arithmetic, masked
   softmax and concatenation. `merged` is attention after the merge. `rope_append_` joins steps that its other
   candidates take singly.
 * `SDPA per branch` is one call of `scaled_dot_product_attention` per branch, on inputs gathered beforehand. On a
-  GPU its flash and cuDNN backends, compiled FlexAttention, flash-attn and FlashInfer also run, where they can.
+  GPU its flash and cuDNN backends, compiled FlexAttention, flash-attn and FlashInfer also run.
 * `vanilla` is the unpatched model, `two passes` runs the early layers twice, as the paper does. Models have random
-  weights and a small vocabulary, and no encoders.
+  weights, a small vocabulary and no encoders.
+* `no fusions`, `all fusions`: `patch(..., fusions=False)`, `True`. `asked first`: a prompt of 64 tokens asks first.
 * `…, runner` decodes over static buffers (on a GPU: a CUDA graph). `model_generate` is `model.generate` of 32
   tokens.
 """.strip()

@@ -11,6 +11,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,18 +148,8 @@ class ClipInputs:
         return self._kept[key]
 
     def _clip(self, item: Item) -> Clip:
-        """What the item's files hold of the senses that it is asked with."""
         rates = {"fps": self.reading.fps, "max_frames": self.reading.max_frames}
-        clip = load_clip_for(self.processor, item.path, progress=False, **rates)
-        if item.sound is not None:
-            heard = load_clip_for(self.processor, item.sound, progress=False, **rates)
-            clip = dataclasses.replace(clip, audio=heard.audio, sampling_rate=heard.sampling_rate)
-        if item.senses == "both":
-            return clip
-        lacking, given = ("audio", clip.frames) if item.senses == "picture" else ("frames", clip.audio)
-        if given is None:
-            raise MediaError(f"{item.path} has no {item.senses}, and the question is about it alone")
-        return dataclasses.replace(clip, **{lacking: None})
+        return clip_of(item, lambda path: load_clip_for(self.processor, path, progress=False, **rates))
 
     def _shown(self, clip: Clip, told: list[str]) -> Shown:
         frames = 0 if clip.frames is None else len(clip.frames)
@@ -174,6 +165,23 @@ class ClipInputs:
         if frames and not picks_itself and clip.fps < 0.999 * self.reading.fps:
             notes[LOWERED] = f"{clip.fps:.3g} instead of {self.reading.fps:g} frames per second"
         return Shown(clip, seconds, notes)
+
+
+def clip_of(item: Item, read: Callable[[Path], Clip]) -> Clip:
+    """What the item's files, as ``read`` reads them, hold of the senses that it is asked with.
+
+    Raises MediaError where the one sense that is asked about is not there.
+    """
+    clip = read(item.path)
+    if item.sound is not None:
+        heard = read(item.sound)
+        clip = dataclasses.replace(clip, audio=heard.audio, sampling_rate=heard.sampling_rate)
+    if item.senses == "both":
+        return clip
+    lacking, given = ("audio", clip.frames) if item.senses == "picture" else ("frames", clip.audio)
+    if given is None:
+        raise MediaError(f"{item.path} has no {item.senses}, and the question is about it alone")
+    return dataclasses.replace(clip, **{lacking: None})
 
 
 def _described(shown: Shown, told: list[str]) -> tuple[dict[str, float], dict[str, str]]:

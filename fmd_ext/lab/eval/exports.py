@@ -164,8 +164,8 @@ OFFICIAL: dict[str, Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]
             "sub_category": item.categories["sub-category"],
             "modality": item.categories["modality"],
             "granularity": item.categories["granularity"],
-            "video_path": item.video if item.senses != "sound" else None,
-            "audio_path": item.video if item.senses == "sound" else item.sound and str(item.sound),
+            "video_path": item.categories["video file"] or None,
+            "audio_path": item.categories["sound file"] or None,
             "question": item.question,
             "answer": item.answer,
         }

@@ -18,7 +18,7 @@ from PIL import Image
 import fmd_ext
 from fmd_ext.inputs.media import Clip, load_clip
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS
-from fmd_ext.lab.eval.clips import reason_of
+from fmd_ext.lab.eval.clips import clip_of, reason_of
 from fmd_ext.lab.eval.figures import accuracy_figure, difference_figure
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, write_atomically
@@ -225,7 +225,8 @@ def _example(
     try:
         if item.path is None:
             raise FileNotFoundError(f"no file for the video {item.video}")
-        clip = load_clip(item.path, fps=reading.get("fps", 2.0), max_frames=32, progress=False)
+        fps = reading.get("fps", 2.0)
+        clip = clip_of(item, lambda path: load_clip(path, fps=fps, max_frames=32, progress=False))
         wave = Markup(_waveform(clip)) if clip.audio is not None else None
         shown = example | {"frames": _frames(clip), "waveform": wave}
     except Exception as error:  # whatever is wrong with a clip, the tables are worth more

@@ -43,7 +43,13 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="page, data and plots (%(default)s)")
     parser.add_argument("--val-clips", type=int, default=360, help="(%(default)s)")
     parser.add_argument("--test-clips", type=int, default=1020, help="(%(default)s)")
-    parser.add_argument("--rival-clips", type=int, default=90, help="of validation, for rivals' settings (%(default)s)")
+    parser.add_argument(
+        "--rival-clips",
+        type=int,
+        nargs=2,
+        metavar=("VAL", "TEST"),
+        help="for the comparison with rivals (90 and 510; of another --model 60 and 300)",
+    )
     parser.add_argument(
         "--model",
         action="append",
@@ -59,13 +65,13 @@ def main() -> None:
         found = json.loads(record.read_text())
         for name, folder in (given.split("=", 1) for given in args.model):
             others = [model for model in found["models"] if model["name"] != name]
-            rivals = compared(Path(folder), args.work, args.rival_clips, args.test_clips)
+            rivals = compared(Path(folder), args.work, *(args.rival_clips or (60, 300)))
             found["models"] = [*others, {"name": name, "rivals": rivals}]
         record.write_text(json.dumps(found, indent=1))
     elif not args.page_only:
         found = collect(args.work, args.val_clips, args.test_clips)
-        found["rivals"] = compared(trained.MODEL, args.work, args.rival_clips, args.test_clips)
-        found["models"] = []
+        found["rivals"] = compared(trained.MODEL, args.work, *(args.rival_clips or (90, 510)))
+        found["models"] = json.loads(record.read_text())["models"] if record.exists() else []  # those of --model stay
         record.write_text(json.dumps(found, indent=1))
         best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
         FMDConfig(**found["chosen"][best]["settings"]).to_file(trained.SETTINGS)

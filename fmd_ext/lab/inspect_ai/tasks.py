@@ -44,6 +44,10 @@ def benchmark(name: str, data: str, prompt: str = "default", questions: str | No
     items = [item for item in loaded.items if item.kind != "caption" and item.path is not None]
     if not items:
         raise ValueError(f"none of the questions in {', '.join(map(str, loaded.files))} has a video and a score")
+    if any(item.sound is not None or item.senses != "both" for item in items):
+        raise ValueError(
+            f"{loaded.benchmark.title} gives one sense, or a sound file of its own: only fmd-ext eval does so"
+        )
     table = loaded.benchmark.tables[0]
     most = max(loaded.benchmark.max_new_tokens[item.kind] for item in items)
     return Task(

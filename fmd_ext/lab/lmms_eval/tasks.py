@@ -63,6 +63,10 @@ def write_task(loaded: Loaded, folder: str | Path) -> Path:
     items = [item for item in loaded.items if item.kind != "caption" and item.path is not None]
     if not items:
         raise ValueError(f"none of the questions in {', '.join(map(str, loaded.files))} has a video and a score")
+    if any(item.sound is not None or item.senses != "both" for item in items):
+        raise ValueError(
+            f"{loaded.benchmark.title} gives one sense, or a sound file of its own: only fmd-ext eval does so"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     task = "fmd_" + loaded.benchmark.name.replace("-", "_")
     table = loaded.benchmark.tables[0]

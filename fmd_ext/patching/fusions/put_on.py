@@ -15,7 +15,7 @@ from fmd_ext.patching.refusals import attention_modules
 
 NAMES = ("rotation", "norms", *products.GROUPS)
 
-# Where products are joined without being asked for; docs/performance.md has what they give on a CPU.
+# Where products are joined without being asked for. On a CPU they pay little: docs/performance.md, "all fusions".
 JOINED_ON = ("cuda",)
 
 

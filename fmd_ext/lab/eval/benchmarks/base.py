@@ -87,35 +87,37 @@ class Findings:
         self.malformed: list[str] = []
         self.missing: dict[str, None] = {}
         self._by_name: dict[str, list[Path]] = collections.defaultdict(list)
-        self._sounds: dict[str, list[Path]] = collections.defaultdict(list)
         for path in _files_below(folder):
-            for kinds, by_name in ((MEDIA, self._by_name), (SOUND, self._sounds)):
-                if path.suffix.lower() in kinds and path.is_file():
-                    by_name[path.stem].append(path)
+            if path.suffix.lower() in MEDIA | SOUND and path.is_file():
+                self._by_name[path.stem].append(path)
 
     def video(self, name: str) -> Path | None:
         """The media file of a video, by its name without suffix or its path below the data folder."""
-        return self._found(name, self._by_name, MEDIA, "video")
+        return self._find([name], {"video": MEDIA})
 
-    def sound(self, name: str) -> Path | None:
-        """The sound file of that name, or path below the data folder; else the video file, whose sound it may be."""
-        if not self._found(name, self._sounds, SOUND, "") and self._found(name, self._by_name, MEDIA | SOUND, ""):
-            return self._found(name, self._by_name, MEDIA | SOUND, "video")
-        return self._found(name, self._sounds, SOUND, "sound")
+    def sound(self, *names: str) -> Path | None:
+        """The sound file of the first of ``names`` that has one, else the video file, whose own sound it is."""
+        return self._find(names, {"sound": SOUND, "video": MEDIA})
 
-    def _found(self, name: str, by_name: Mapping[str, list[Path]], suffixes: frozenset[str], what: str) -> Path | None:
-        """``what``: a name for complaints; "" makes none."""
-        stem = Path(name).stem if Path(name).suffix.lower() in suffixes else Path(name).name
-        found = by_name.get(stem, [])
-        if "/" in name:
-            parts = (*Path(name.lstrip("/")).parts[:-1], stem)
-            found = [path for path in found if (*path.parts[:-1], path.stem)[-len(parts) :] == parts]
-        if len(found) > 1 and what:
-            self.malformed.append(f"{what} {name} is there {len(found)} times: {found[0]}, {found[1]}")
-        if not found:
-            self.missing.update({name: None} if what else {})
-            return None
-        return found[0]
+    def _find(self, names: Sequence[str], kinds: Mapping[str, frozenset[str]]) -> Path | None:
+        """The first file, by kind and then by name; notes the first name as missing where there is none."""
+        for kind, suffixes in kinds.items():
+            for name in names:
+                found = self._called(name, suffixes)
+                if len(found) > 1:
+                    self.malformed.append(f"{kind} {name} is there {len(found)} times: {found[0]}, {found[1]}")
+                if found:
+                    return found[0]
+        self.missing[names[0]] = None
+        return None
+
+    def _called(self, name: str, suffixes: frozenset[str]) -> list[Path]:
+        stem = Path(name).stem if Path(name).suffix.lower() in MEDIA | SOUND else Path(name).name
+        found = [path for path in self._by_name.get(stem, []) if path.suffix.lower() in suffixes]
+        if "/" not in name:
+            return found
+        parts = (*Path(name.lstrip("/")).parts[:-1], stem)
+        return [path for path in found if (*path.parts[:-1], path.stem)[-len(parts) :] == parts]
 
     def fields(self, record: Any, names: Sequence[str], where: str) -> list[Any] | None:
         """The named fields of a record; None, and a line in ``malformed``, where one is missing."""

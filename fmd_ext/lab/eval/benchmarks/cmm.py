@@ -9,12 +9,19 @@ from fmd_ext.lab.eval.items import Item
 
 # The paper's measures are accuracies: of the questions whose answer is yes, and of those whose answer is no.
 MEASURES = {"yes": "perception accuracy", "no": "hallucination resistance"}
+_HOW = "Answer with yes or no."  # behind the questions of some versions of the file, not of all
 _NAMES = ("category", "sub_category", "modality", "granularity", "question", "answer")
 
 
 def read(records: list[Any], findings: Findings) -> list[Item]:
-    """A record names a video, a sound file, or both; what it does not name ("None", null) is not given to the model."""
+    """A record names a video, a sound file, or both; what it does not name ("None", null) is not given to the model.
+
+    Two records that follow each other and agree in all categories are the two questions about one sample, though their
+    files have names of their own: in the published file all 2,400 go in such pairs. They are one ``video``, named after
+    the first.
+    """
     items: list[Item] = []
+    sample, alike = "", None  # the open pair: its name, and what its second record must agree in
     for number, record in enumerate(records, 1):
         where = f"record {number}"
         values = findings.fields(record, _NAMES, where)
@@ -33,14 +40,16 @@ def read(records: list[Any], findings: Findings) -> list[Item]:
         if video and sound:
             own = findings.sound(sound)
             path = None if own is None else path  # never the video with another sound
+        kind = (category, sub_category, modality, granularity, record.get("correlation_type"))
+        sample, alike = (sample, None) if kind == alike else (video or sound, kind)
         items.append(
             Item(
                 id=f"{number}",
-                video=video or sound,
+                video=sample,
                 path=path,
                 sound=own,
                 senses="both" if video and sound else "picture" if video else "sound",
-                question=question.strip(),
+                question=question.strip().removesuffix(_HOW).rstrip(),
                 kind="yes-no",
                 answer=answer,
                 categories={
@@ -50,6 +59,8 @@ def read(records: list[Any], findings: Findings) -> list[Item]:
                     "sub-category measure": f"{sub_category}, {MEASURES[answer]}",
                     "granularity": granularity,
                     "modality": modality,
+                    "video file": video,
+                    "sound file": sound,
                 },
             )
         )
@@ -68,7 +79,7 @@ CMM = Benchmark(
     files=("all_data_final_reorg.json", "cmm.json", "test.json"),
     read=read,
     prompts={
-        "default": Prompt("{question}", "the published questions, which say themselves how to answer"),
+        "default": Prompt("{question} " + _HOW, "the words that versions of the published questions end in"),
         "plain": PLAIN,
     },
     published={"all": 2400},

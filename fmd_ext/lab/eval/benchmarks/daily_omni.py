@@ -21,7 +21,7 @@ _TYPES = {
 
 
 def read(senses: str, records: list[Any], findings: Findings) -> list[Item]:
-    """Records have no id: an item is the n-th of its video. Picture and sound are files of their own."""
+    """Records have no id: an item is the n-th of its video. A sound file goes before the video's own sound."""
     items: list[Item] = []
     count: dict[str, int] = {}
     for number, record in enumerate(records, 1):
@@ -36,14 +36,14 @@ def read(senses: str, records: list[Any], findings: Findings) -> list[Item]:
         name = str(video)
         count[name] = count.get(name, 0) + 1
         picture = None if senses == "sound" else findings.video(f"{name}_video")
-        sound = None if senses == "picture" else findings.sound(f"{name}_audio")
+        sound = None if senses == "picture" else findings.sound(f"{name}_audio", f"{name}_video")
         named = {"duration": "video_duration", "category": "video_category", "topic": "content_parent_category"}
         items.append(
             Item(
                 id=f"{name}/{count[name]}",
                 video=name,
-                path=sound if senses == "sound" else picture if senses == "picture" or sound else None,
-                sound=sound if senses == "both" else None,
+                path=sound if senses == "sound" else picture,
+                sound=sound if senses == "both" and sound != picture else None,
                 senses=senses,
                 question=str(question).strip(),
                 kind="choice",
