@@ -91,7 +91,8 @@ def branched_decode(
     Groups of one sample stand side by side with equal `prefix_start` and `prefix_len`, so that their prefix is read
     once for all of them. Long key ranges are split among threads and combined by their log-sum-exp. On the CPU the
     split depends on a sample's own lengths only; on CUDA also on what else is in the call, and on the device, unless it
-    is fixed: then a sample's result is the same bits whatever its neighbours are. torch's own operations split nothing.
+    is fixed: then a sample's result is the same bits whatever its neighbours are, among calls of the same kernel (that
+    named "persistent" leaves calls of more than 4,096 groups to "split"). torch's own operations split nothing.
 
     Args:
         q, k, v, key_ranges, softmax_scale, return_lse: as in `branched_prefill`.

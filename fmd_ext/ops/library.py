@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Of all ops' schemas together: kSchemaVersion in csrc/include/fmd/library.h.
 SCHEMA_VERSION = 3
@@ -22,6 +25,7 @@ _FOLDER = Path(__file__).resolve().parents[1] / "lib"
 _BUILD_INFO = Path(__file__).resolve().parents[1] / "_build_info.json"
 _ISA_VARIABLE = "FMD_EXT_CPU_ISA"
 _KERNELS_VARIABLE = "FMD_EXT_CUDA_KERNELS"
+_FORMER_VARIABLE = "FMD_EXT_CUDA_PREFILL"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ def load() -> dict[str, Library]:
     global _cpu, _cuda
     if _libraries:
         return dict(_libraries)
+    if former := os.environ.get(_FORMER_VARIABLE):
+        logger.warning(
+            "fmd_ext: the environment variable %s=%s is not read any more; %s=branched_prefill=%s takes its place",
+            *(_FORMER_VARIABLE, former, _KERNELS_VARIABLE, former),
+        )
     if reason := why_not_compiled():
         for device in ("cpu", "cuda"):
             _libraries[device] = Library(device, _FOLDER / f"libfmd_ext_{device}.so", False, reason)
@@ -213,13 +222,15 @@ def cuda_kernel(op: str, capability: tuple[int, int]) -> str | None:
 def select_cuda_kernel(op: str, name: str) -> None:
     """Makes `op` of this process run a CUDA kernel by its name, or "auto": the newest that has passed its tests on a
     device and runs on the one at hand. A kernel that does not run on a device makes the op raise RuntimeError there.
+    Not while another thread calls the op: the kernels need different amounts of memory.
 
     Raises:
         ValueError: unknown.
         RuntimeError: the CUDA library is not loaded.
     """
-    if _cuda is None:
+    if _cuda is None and not load()["cuda"].loaded:
         raise RuntimeError(f"there is no CUDA kernel to choose: {load()['cuda'].reason}")
+    assert _cuda is not None  # `load` has set it
     reason = _cuda.fmd_ext_select_cuda_kernel(op.encode(), name.encode())
     if reason is not None:
         raise ValueError(reason.decode())

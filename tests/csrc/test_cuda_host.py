@@ -222,9 +222,34 @@ class TestAppend:
         calls = Calls()
         calls.append(k_pool, v_pool, k, (-k).contiguous(), slots, seed=1, kernel=kernel)
         calls.append(k_pool, v_pool, k, wide[..., 3:], slots, kernel=kernel)  # rows that begin anywhere
-        aligned, odd = calls.run()
+        aligned, odd = ([memory.view(want_k.shape) for memory in memories] for memories in calls.run())
         assert torch.equal(aligned[0], want_k) and torch.equal(aligned[1], want_v)
         assert torch.equal(odd[0], want_k) and torch.equal(odd[1], want_odd)
+
+    @pytest.mark.parametrize("kernel", ["narrow", "wide"])
+    @pytest.mark.parametrize("head_dim", [20, 7])
+    def test_a_row_that_is_no_whole_vectors(self, kernel, head_dim):
+        """Every row begins at a vector, and ends within one: what lies behind it, NaN, stays."""
+        k_pool, v_pool, k, v = (torch.full((2, 30, 24), math.nan).bfloat16() for _ in range(4))
+        for tensor in (k, v):
+            tensor[..., :head_dim] = torch.randn(2, 30, head_dim)
+        slots = torch.randperm(30)
+        calls = Calls()
+        rows = [tensor[..., :head_dim].transpose(0, 1) for tensor in (k, v)]
+        calls.append(k_pool[..., :head_dim], v_pool[..., :head_dim], *rows, slots, kernel=kernel)
+        for memory, rows in zip(calls.run()[0], (k, v), strict=True):
+            landed = memory.view(2, 30, 24)
+            assert torch.equal(landed[:, slots, :head_dim], rows[..., :head_dim])
+            assert landed[..., head_dim:].isnan().all()
+
+    @pytest.mark.parametrize("kernel", ["narrow", "wide"])
+    def test_offsets_beyond_2_to_the_31(self, kernel):
+        k_pool, v_pool = pools(3, 40, 64, torch.bfloat16)
+        k, v = torch.randn(2, 17, 3, 64).bfloat16()
+        calls = Calls()
+        for distance in (0, 2**31 + 64):
+            calls.append(k_pool, v_pool, k, v, torch.arange(17), kernel=kernel, head_distance=distance)
+        assert same_bits(*calls.run())
 
 
 @pytest.mark.parametrize("kernel", ["narrow", "wide"])
@@ -262,6 +287,14 @@ class TestRopeAppend:
             calls.rope_append(**(case | moved), kernel=kernel)
         first, *others = calls.run()
         assert all(same_bits(first, other) for other in others)
+
+    def test_offsets_beyond_2_to_the_31(self, kernel):
+        case = make_rope_append(9, (6, 3), 64, torch.bfloat16, torch.bfloat16, num_slots=60)
+        case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q_out")}
+        calls = Calls()
+        for distance in (0, 2**31 + 64):
+            calls.rope_append(**case, kernel=kernel, head_distance=distance)
+        assert same_bits(*calls.run())
 
 
 class TestMerge:

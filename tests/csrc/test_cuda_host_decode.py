@@ -157,6 +157,15 @@ class TestFixedSplit:
         assert same_bits([x[rows] for x in first], [x[rows] for x in second]) == fixed_split
 
     @pytest.mark.parametrize("kernel", ["split", "persistent"])
+    def test_nor_do_they_for_a_sample_of_more_parts_than_a_group_gets(self, kernel):
+        case = make_case([Group(1, 4500), Group(1, 40, sample=1)], (7, 1), 64, torch.bfloat16)
+        first = dataclasses.replace(case, qo_rows=case.qo_rows[:1], key_ranges=case.key_ranges[:1])
+        row = case.qo_rows[:1]
+        results = [attend(which, True, kernel=kernel, fixed_split=True) for which in (case, first)]
+        assert_attention(results[0], expected(case), expected(case, torch.bfloat16))
+        assert same_bits(*([x[row] for x in result] for result in results))
+
+    @pytest.mark.parametrize("kernel", ["split", "persistent"])
     def test_nor_does_the_device_or_the_size_of_the_pool(self, kernel):
         case = make_case(self.GROUPS, (14, 2), 64, torch.bfloat16)
         room = torch.full((2, 5000, 64), math.nan, dtype=torch.bfloat16)

@@ -93,6 +93,11 @@ def _compile(compiler: str, folder: Path) -> Path:
     return driver
 
 
+def _storage(tensor):
+    """The whole memory that a tensor is a view of."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+
 @dataclass
 class Calls:
     """Calls for one run of the driver. The methods add a call; `run()` gives the results, one list of tensors per call.
@@ -116,8 +121,7 @@ class Calls:
 
     def _strided(self, tensor, *dims):
         """The memory that a tensor spans, the byte offset of its first element there, and strides."""
-        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-        self._array(storage)
+        self._array(_storage(tensor))
         self._numbers(tensor.storage_offset() * tensor.element_size(), *(tensor.stride(dim) for dim in dims))
 
     def _call(self, kind, seed, multiprocessors, *results):
@@ -161,23 +165,28 @@ class Calls:
         self._kernel(kernel)
         self._numbers(capability, fixed_split)
 
-    def append(self, k_pool, v_pool, k, v, slots, seed=0, kernel="auto"):
-        """The memory of k_pool and v_pool afterwards; both must be contiguous."""
-        self._call(APPEND, seed, 2, k_pool, v_pool)
-        self._kernel(kernel)
-        self._appended(k_pool, v_pool, k, v, slots)
+    def append(self, k_pool, v_pool, k, v, slots, seed=0, kernel="auto", head_distance=0):
+        """The memory of k_pool and v_pool afterwards, all that their storage holds, as one row.
 
-    def _appended(self, k_pool, v_pool, k, v, slots):
+        head_distance: puts the heads of both that many elements apart while the kernel runs; then both must be
+        contiguous.
+        """
+        self._call(APPEND, seed, 2, *(_storage(pool) for pool in (k_pool, v_pool)))
+        self._kernel(kernel)
+        self._appended(k_pool, v_pool, k, v, slots, head_distance)
+
+    def _appended(self, k_pool, v_pool, k, v, slots, head_distance=0):
         self._numbers(DTYPE_CODES[k_pool.dtype], k.shape[0], k_pool.shape[1], k_pool.shape[0], k_pool.shape[2])
         for tensor in (k_pool, v_pool, k, v):
             self._strided(tensor, 0, 1)
         self._array(slots)
+        self._numbers(head_distance)
 
-    def rope_append(self, k_pool, v_pool, q_out, q, k, v, cos, sin, slots, seed=0, kernel="auto"):
-        """The memory of q_out, k_pool and v_pool afterwards; all three must be contiguous."""
+    def rope_append(self, k_pool, v_pool, q_out, q, k, v, cos, sin, slots, seed=0, kernel="auto", head_distance=0):
+        """The memory of q_out, k_pool and v_pool afterwards; all three must be contiguous. head_distance: as there."""
         self._call(ROPE_APPEND, seed, 2, q_out, k_pool, v_pool)
         self._kernel(kernel)
-        self._appended(k_pool, v_pool, k, v, slots)
+        self._appended(k_pool, v_pool, k, v, slots, head_distance)
         self._numbers(q.shape[1], DTYPE_CODES[cos.dtype])
         for tensor in (q, q_out):
             self._strided(tensor, 0, 1)

@@ -41,7 +41,13 @@ class FarHeads {
   ~FarHeads() { munmap(data_, bytes_); }
   FarHeads(const FarHeads&) = delete;
   FarHeads& operator=(const FarHeads&) = delete;
-  const void* data() const { return data_; }
+  void* data() const { return data_; }
+  void copy_back(void* heads, int64_t head_bytes, int64_t num_heads, int64_t distance) const {
+    for (int64_t i = 0; i < num_heads; ++i) {
+      std::memcpy(static_cast<char*>(heads) + i * head_bytes, static_cast<const char*>(data_) + i * distance,
+                  head_bytes);
+    }
+  }
 
  private:
   size_t bytes_;
@@ -139,6 +145,16 @@ void append(bool rope) {
   p.v_stride_head = number();
   const Array slots = Array::read();
   p.slots = slots.at<int64_t>();
+  const int64_t distance = number();  // of the pools' heads, in elements; 0: as they are
+  const int64_t bytes = fmd::bytes_of(p.dtype), head_bytes = p.num_slots * p.head_dim * bytes;
+  std::unique_ptr<FarHeads> far_k, far_v;
+  if (distance > 0) {
+    far_k = std::make_unique<FarHeads>(p.k_pool, head_bytes, p.num_kv_heads, distance * bytes);
+    far_v = std::make_unique<FarHeads>(p.v_pool, head_bytes, p.num_kv_heads, distance * bytes);
+    p.k_pool = far_k->data();
+    p.v_pool = far_v->data();
+    p.k_pool_stride_head = p.v_pool_stride_head = distance;
+  }
   if (rope) {
     r.num_qo_heads = number();
     r.angle_dtype = static_cast<fmd::DType>(number());
@@ -160,6 +176,10 @@ void append(bool rope) {
     q_out.write();
   } else {
     fmd::launch_append_cuda(p, nullptr);
+  }
+  if (distance > 0) {
+    far_k->copy_back(k_pool.at<void>(), head_bytes, p.num_kv_heads, distance * bytes);
+    far_v->copy_back(v_pool.at<void>(), head_bytes, p.num_kv_heads, distance * bytes);
   }
   k_pool.write();
   v_pool.write();

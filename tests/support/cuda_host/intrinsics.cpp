@@ -200,6 +200,9 @@ void run_block(int threads) {
       }
       if (common == Waiting::kEnded) {
         if (block.is_behind && !block.has_waited) fail("a block ends without having waited for the kernel ahead");
+        for (const int arrived : block.arrived) {
+          if (arrived != 0) fail("a block ends with arrivals at a group's barrier that nobody has waited for");
+        }
         return;
       }
       for (Waiting& warp : warps) {
