@@ -64,16 +64,11 @@ def _paths() -> dict[str, dict[str, tuple[str | None, str, tuple[torch.dtype, ..
 def _kernel(op: str, device: str, why: str) -> tuple[str, str]:
     """The kernel of an op that runs kernels, and why that one."""
     if device == "cuda":
-        path, reasons = "csrc/cuda/sm80", [f"{library.load()['cuda'].path.name} is loaded", why]
+        path, chosen = _cuda_kernel(op)
+        reasons = [chosen, why]
         if op.startswith("branched_"):
             sizes = " and ".join(map(str, dispatch.CUDA_ATTENTION_HEAD_DIMS))
             reasons.append(f"float32, and head_dim other than {sizes}, run by torch's own operations")
-        if op == "branched_prefill":
-            asked = os.environ.get("FMD_EXT_CUDA_PREFILL") or "auto"
-            path = f"csrc/cuda/{library.cuda_prefill()}"
-            reasons[0] = f"FMD_EXT_CUDA_PREFILL={asked}"
-            if asked == "auto":
-                reasons[0] += "; sm90, the kernel for compute capability 9.0, has passed its tests but was not timed"
         return path, "; ".join(filter(None, reasons))
     if op == "append_":
         return "csrc/cpu, plain copy", "it only moves bytes"
@@ -83,6 +78,27 @@ def _kernel(op: str, device: str, why: str) -> tuple[str, str]:
     else:
         asked = f"FMD_EXT_CPU_ISA={asked}"
     return f"csrc/cpu, {library.cpu_isa()}", "; ".join(filter(None, (asked, why)))
+
+
+def _cuda_kernel(op: str) -> tuple[str, str]:
+    """The CUDA kernel of an op on the current device, and where it and newer ones have passed."""
+    kernels = [kernel for kernel in library.cuda_kernels() if kernel.op == op]
+    name = library.cuda_kernel(op, torch.cuda.get_device_capability())
+    return f"CUDA kernel {name}", in_words(kernels, name)
+
+
+def in_words(kernels: list[library.CudaKernel], running: str | None) -> str:
+    """Of the kernels of one op, oldest first: on which device the running one has passed, and what newer ones lack."""
+    said = []
+    for kernel in kernels[[kernel.name for kernel in kernels].index(running or "") :]:
+        outcome = f"has passed on {kernel.passed_on}" if kernel.passed_on else "has not been run on a device"
+        if kernel.name == running:
+            said.append(f"its present source {outcome}")
+        else:
+            needs = f", for compute capability {kernel.capability / 10}," if kernel.capability else ""
+            chosen = f"FMD_EXT_CUDA_KERNELS={kernel.op}={kernel.name} chooses it"
+            said.append(f"the source of the newer {kernel.name}{needs} {outcome}: {chosen}")
+    return "; ".join(said)
 
 
 def line(op: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from fmd_ext.decode.fingerprint import fingerprint
 from fmd_ext.decode.step import CaptureSite, StaticStep, StepInputs
 from fmd_ext.engine.session import Session
+from fmd_ext.ops import dispatch
 
 # Each kept step holds K and V of its shape's whole context.
 KEPT_STEPS = 4
@@ -42,7 +43,7 @@ class StepStore:
         key = (
             (state.batch, state.fork_layers, tuple(state.phase), state.home_weights is None),
             tuple(table.num_slots for table in tables),
-            (inputs.key, self.session.config),
+            (inputs.key, self.session.config, dispatch.splits_are_fixed()),
             fingerprint(self.decoder, model.get_output_embeddings()),
         )
         step = self._steps.pop(key, None) or StaticStep(model, self.session, state, tables)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fmd_ext.ops import dispatch
 from fmd_ext.ops.arguments import POOL_LAYOUT, Arguments
 from fmd_ext.ops.registration import operator, self_test, wide
 from fmd_ext.ops.selftest import HEADS, KV_HEADS, SLOTS, Inputs, Pairs, exact
@@ -22,13 +23,12 @@ from fmd_ext.ops.selftest import HEADS, KV_HEADS, SLOTS, Inputs, Pairs, exact
 BLOCK_QUERIES = 1024
 
 
-def _empty_results(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    """Of both ops; their last argument is return_lse."""
-    lse_shape = q.shape[:2] if others[-1] else (0,)
+def _empty_results(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    lse_shape = q.shape[:2] if return_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@operator(attention=True, fake=_empty_results)
+@operator(attention=True, fake=lambda q, *others: _empty_results(q, others[-1]))
 def branched_prefill(
     q: Tensor,
     k: Tensor,
@@ -71,7 +71,11 @@ def branched_prefill(
     return _by_group("branched_prefill", q, k, v, qo_rows, bounds, key_ranges, softmax_scale, return_lse)
 
 
-@operator(attention=True, fake=_empty_results)
+@operator(
+    attention=True,
+    fake=lambda q, *others: _empty_results(q, others[-2]),
+    found={"fixed_split": dispatch.splits_are_fixed},
+)
 def branched_decode(
     q: Tensor,
     k: Tensor,
@@ -80,16 +84,21 @@ def branched_decode(
     key_ranges: Tensor,
     softmax_scale: float,
     return_lse: bool = False,
+    fixed_split: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`branched_prefill` where every group has one query, which sees all its keys; faster for that case.
 
     Groups of one sample stand side by side with equal `prefix_start` and `prefix_len`, so that their prefix is read
-    once for all of them. Long key ranges are split among threads and combined by their log-sum-exp; the split depends
-    on lengths only, so the result does not depend on the number of threads.
+    once for all of them. Long key ranges are split among threads and combined by their log-sum-exp. On the CPU the
+    split depends on a sample's own lengths only; on CUDA also on what else is in the call, and on the device, unless it
+    is fixed: then a sample's result is the same bits whatever its neighbours are, among calls of the same kernel (that
+    named "persistent" leaves calls of more than 4,096 groups to "split"). torch's own operations split nothing.
 
     Args:
         q, k, v, key_ranges, softmax_scale, return_lse: as in `branched_prefill`.
         qo_rows: int64 `[num_groups]`, the row of each group's query.
+        fixed_split: None: as `fmd_ext.ops.dispatch.splits_are_fixed()` says, which honours
+            `torch.use_deterministic_algorithms`.
 
     Returns:
         out and lse, as `branched_prefill`.

@@ -35,6 +35,8 @@ PREFILLS = ("auto", "op", "sdpa")
 _PREFILL_VARIABLE = "FMD_EXT_PREFILL"
 # From here on cuDNN's causal attention is faster than the kernels: 1.5 to 1.9 times on an H200, from 2,000 rows on.
 SDPA_CAPABILITY = (9, 0)
+SPLITS = ("auto", "fixed")
+_SPLIT_VARIABLE = "FMD_EXT_DECODE_SPLIT"
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ _found_prefill: dict[tuple, Path] = {}
 _warned: set[str] = set()
 _choice = "auto"
 _prefill = "auto"
+_split = "auto"
 
 
 def select(name: str) -> None:
@@ -192,6 +195,25 @@ def select_prefill(name: str) -> None:
         raise ValueError(f"unknown path of prefills {name!r}; accepted: {', '.join(PREFILLS)}")
     _prefill = name
     _found_prefill.clear()
+
+
+def select_split(name: str) -> None:
+    """How `branched_decode` splits keys on CUDA: "fixed", so that a sample's result does not depend on what else is in
+    the call, or "auto", which uses the device best. The environment variable `FMD_EXT_DECODE_SPLIT` chooses when
+    fmd_ext is imported. A captured graph keeps the split that held when it was captured.
+
+    Raises:
+        ValueError: unknown.
+    """
+    global _split
+    if name not in SPLITS:
+        raise ValueError(f"unknown split of decoding {name!r}; accepted: {', '.join(SPLITS)}")
+    _split = name
+
+
+def splits_are_fixed() -> bool:
+    """Whether `select_split("fixed")` holds, or torch was asked for deterministic algorithms."""
+    return _split == "fixed" or torch.are_deterministic_algorithms_enabled()
 
 
 def _find(device: torch.device, dtype: torch.dtype, head_dim: int | None, attention: bool) -> Path:
@@ -252,7 +274,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-for _name_of, _select in ((_VARIABLE, select), (_PREFILL_VARIABLE, select_prefill)):
+for _name_of, _select in ((_VARIABLE, select), (_PREFILL_VARIABLE, select_prefill), (_SPLIT_VARIABLE, select_split)):
     try:
         _select(os.environ.get(_name_of) or "auto")
     except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 # Of all ops' schemas together: kSchemaVersion in csrc/include/fmd/library.h.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _FOLDER = Path(__file__).resolve().parents[1] / "lib"
 # Written by the build where it could compile nothing: {"compiled": false, "reason": "..."}.
 _BUILD_INFO = Path(__file__).resolve().parents[1] / "_build_info.json"
 _ISA_VARIABLE = "FMD_EXT_CPU_ISA"
-_PREFILL_VARIABLE = "FMD_EXT_CUDA_PREFILL"
+_KERNELS_VARIABLE = "FMD_EXT_CUDA_KERNELS"
+_FORMER_VARIABLE = "FMD_EXT_CUDA_PREFILL"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,24 @@ class Library:
     path: Path
     loaded: bool
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """One CUDA kernel of an op.
+
+    Args:
+        op, name: such as "branched_prefill" and "sm90".
+        capability: the compute capability that it needs (9.0 is 90); 0 for every one from 8.0 on.
+        sources: digest of the sources that it was built from.
+        passed_on: the device on which these sources have passed their tests; "" for none.
+    """
+
+    op: str
+    name: str
+    capability: int
+    sources: str
+    passed_on: str
 
 
 _libraries: dict[str, Library] = {}
@@ -45,17 +67,22 @@ def load() -> dict[str, Library]:
     An installation without compiled code has none; see `why_not_compiled`.
 
     The environment variable `FMD_EXT_CPU_ISA` (auto, baseline, avx2, avx512) chooses the instruction set of the CPU
-    kernels, `FMD_EXT_CUDA_PREFILL` (auto, sm80, sm90) the CUDA kernel of `branched_prefill`.
+    kernels, `FMD_EXT_CUDA_KERNELS` CUDA kernels by op, as in "branched_prefill=sm90,append_=wide".
 
     Raises:
         ImportError: the CPU library is missing or does not load, the CUDA library is there and does not load, or one
             of them was built from other sources.
         ValueError: `FMD_EXT_CPU_ISA` is unknown or names an instruction set that this CPU lacks, or
-            `FMD_EXT_CUDA_PREFILL` is unknown.
+            `FMD_EXT_CUDA_KERNELS` names an unknown op or kernel.
     """
     global _cpu, _cuda
     if _libraries:
         return dict(_libraries)
+    if former := os.environ.get(_FORMER_VARIABLE):
+        logger.warning(
+            "fmd_ext: the environment variable %s=%s is not read any more; %s=branched_prefill=%s takes its place",
+            *(_FORMER_VARIABLE, former, _KERNELS_VARIABLE, former),
+        )
     if reason := why_not_compiled():
         for device in ("cpu", "cuda"):
             _libraries[device] = Library(device, _FOLDER / f"libfmd_ext_{device}.so", False, reason)
@@ -71,8 +98,12 @@ def load() -> dict[str, Library]:
         found["cuda"] = Library("cuda", cuda, False, f"torch {torch.__version__} was built without CUDA")
     else:
         found["cuda"] = _load("cuda")
-        _cuda = _functions(cuda, "fmd_ext_select_cuda_prefill", "fmd_ext_cuda_prefill")
-        _select_from(_PREFILL_VARIABLE, select_cuda_prefill)
+        _cuda = _cuda_functions(cuda)
+        for choice in filter(None, (os.environ.get(_KERNELS_VARIABLE) or "").split(",")):
+            try:
+                select_cuda_kernel(*map(str.strip, choice.partition("=")[::2]))
+            except ValueError as error:
+                raise ValueError(f"environment variable {_KERNELS_VARIABLE}, {choice!r}: {error}") from None
     _libraries.update(found)
     return dict(_libraries)
 
@@ -130,6 +161,13 @@ def _functions(path: Path, select: str, *getters: str) -> ctypes.CDLL:
     return library
 
 
+def _cuda_functions(path: Path) -> ctypes.CDLL:
+    library = _functions(path, "fmd_ext_select_cuda_kernel", "fmd_ext_cuda_kernel", "fmd_ext_cuda_kernels")
+    library.fmd_ext_select_cuda_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    library.fmd_ext_cuda_kernel.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    return library
+
+
 def _select_from(variable: str, select: Callable[[str], None]) -> None:
     try:
         select(os.environ.get(variable) or "auto")
@@ -164,22 +202,35 @@ def select_cpu_isa(name: str) -> None:
         raise ValueError(reason.decode())
 
 
-def cuda_prefill() -> str | None:
-    """The CUDA kernel that `branched_prefill` uses, "sm80" or "sm90"; None without the CUDA library."""
+def cuda_kernels() -> list[CudaKernel]:
+    """All CUDA kernels, those of one op from the oldest to the newest; none without the CUDA library."""
     load()
-    return None if _cuda is None else _cuda.fmd_ext_cuda_prefill().decode()
+    if _cuda is None:
+        return []
+    lines = (line.split("\t") for line in _cuda.fmd_ext_cuda_kernels().decode().splitlines())
+    return [CudaKernel(op, name, int(needs), sources, device) for op, name, needs, sources, device in lines]
 
 
-def select_cuda_prefill(name: str) -> None:
-    """Makes `branched_prefill` of this process use a CUDA kernel: "sm80" (any device), "sm90" (compute capability 9.0;
-    elsewhere a prefill then raises RuntimeError) or "auto", which is sm80 until sm90 is known to be faster.
+def cuda_kernel(op: str, capability: tuple[int, int]) -> str | None:
+    """The CUDA kernel that `op` runs on a device of a compute capability; None without the CUDA library."""
+    load()
+    return (
+        None if _cuda is None else _cuda.fmd_ext_cuda_kernel(op.encode(), 10 * capability[0] + capability[1]).decode()
+    )
+
+
+def select_cuda_kernel(op: str, name: str) -> None:
+    """Makes `op` of this process run a CUDA kernel by its name, or "auto": the newest that has passed its tests on a
+    device and runs on the one at hand. A kernel that does not run on a device makes the op raise RuntimeError there.
+    Not while another thread calls the op: the kernels need different amounts of memory.
 
     Raises:
         ValueError: unknown.
         RuntimeError: the CUDA library is not loaded.
     """
-    if _cuda is None:
+    if _cuda is None and not load()["cuda"].loaded:
         raise RuntimeError(f"there is no CUDA kernel to choose: {load()['cuda'].reason}")
-    reason = _cuda.fmd_ext_select_cuda_prefill(name.encode())
+    assert _cuda is not None  # `load` has set it
+    reason = _cuda.fmd_ext_select_cuda_kernel(op.encode(), name.encode())
     if reason is not None:
         raise ValueError(reason.decode())

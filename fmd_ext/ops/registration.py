@@ -53,7 +53,11 @@ def operators() -> dict[str, Operator]:
 
 
 def operator(
-    *, attention: bool = False, by_heads: bool = True, fake: Callable[..., Any] = lambda *arguments: None
+    *,
+    attention: bool = False,
+    by_heads: bool = True,
+    fake: Callable[..., Any] = lambda *arguments: None,
+    found: dict[str, Callable[[], Any]] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes an op of a function whose body is the op by torch's own operations, checks of the arguments included.
 
@@ -65,6 +69,7 @@ def operator(
         by_heads: whether the last dimension of the first tensor is `head_dim`.
         fake: shapes and dtypes of the results without data, for torch.compile, torch.export and meta tensors. The
             default is that of an op that returns nothing.
+        found: by name, what gives an argument's value in each call that leaves it None.
 
     Raises:
         ImportError: by the decorated function's import, if the op library lacks the op.
@@ -77,6 +82,7 @@ def operator(
         # The schemas of the kernels have no defaults.
         defaults = tuple(p.default for p in signature.parameters.values() if p.default is not p.empty)
         num_required = len(signature.parameters) - len(defaults)
+        to_find = [(list(signature.parameters).index(name), value) for name, value in (found or {}).items()]
         entry = Operator(name, attention, _kernel(name, function, fake), function)
         _operators[name] = entry
 
@@ -88,6 +94,9 @@ def operator(
                 arguments = bound.args
             else:
                 arguments += defaults[len(arguments) - num_required :]
+            for index, value in to_find:
+                if arguments[index] is None:
+                    arguments = (*arguments[:index], value(), *arguments[index + 1 :])
             tensor = arguments[0]
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"fmd_ext::{name}: {first} is {tensor!r}, accepted is a tensor")

@@ -16,6 +16,13 @@ from paths import ROOT
 
 LIBRARY = Path(fmd_ext.__file__).parent / "lib" / "libfmd_ext_cuda.so"
 SCRIPT = ROOT / "scripts" / "ptxas_report.py"
+ATTENTION_KERNELS = (
+    "branched_prefill",
+    "branched_decode",
+    "branched_decode_combine",
+    "persistent_decode",
+    "persistent_combine",
+)
 needs_nvcc = pytest.mark.skipif(tools.find_nvcc() is None, reason="no nvcc: the CUDA kernels cannot be compiled")
 
 
@@ -25,7 +32,7 @@ def test_no_kernel_spills_registers():
     assert said.returncode == 0, said.stdout + said.stderr
     kernels = {tuple(line.split(maxsplit=1)) for line in said.stdout.splitlines()[1:]}
     for architecture in ("80", "90a"):
-        for kernel in ("branched_prefill", "branched_decode", "branched_decode_combine"):
+        for kernel in ATTENTION_KERNELS:
             for arguments in ("BFloat16, 64", "BFloat16, 128", "Float16, 64", "Float16, 128"):
                 name = f"{kernel}_kernel<{arguments}> "
                 assert any(arch == architecture and rest.startswith(name) for arch, rest in kernels), (
@@ -87,23 +94,3 @@ def test_the_library_implements_all_ops(tmp_path):
     )
     for_cpu, for_cuda = (line.split() for line in said_with_cuda_library(code, tmp_path).splitlines())
     assert for_cuda == for_cpu == [f"fmd_ext::{name}" for name in sorted(ops.__all__)]
-
-
-@pytest.mark.skipif(not LIBRARY.exists(), reason="this installation was built without the CUDA op library")
-def test_the_prefill_kernel_can_be_chosen(tmp_path):
-    """sm90 only where it is asked for: it was not timed on a device."""
-    code = LOAD_FOR_CUDA + (
-        "library._cuda = library._functions(sys.argv[2], 'fmd_ext_select_cuda_prefill', 'fmd_ext_cuda_prefill')\n"
-        "for name in ('auto', 'sm90', 'sm80', 'sm70'):\n"
-        "    try:\n"
-        "        library.select_cuda_prefill(name)\n"
-        "        print(library.cuda_prefill())\n"
-        "    except ValueError as error:\n"
-        "        print(error)\n"
-    )
-    assert said_with_cuda_library(code, tmp_path).splitlines() == [
-        "sm80",
-        "sm90",
-        "sm80",
-        "unknown CUDA prefill kernel 'sm70'; accepted: auto, sm80, sm90",
-    ]

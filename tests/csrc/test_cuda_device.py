@@ -12,6 +12,7 @@ from test_ops_branched_prefill import MIXED
 from test_ops_rope_append import assert_rotated
 from test_ops_rope_append import make as make_rope_append
 
+import fmd_kernel_sources as sources
 from attention_cases import HEADS, Group, assert_as_exact, assert_attention, expected, make_case, shared_case
 from fmd_ext import ops
 from fmd_ext.ops import dispatch, library, selftest
@@ -50,30 +51,37 @@ def on_host(result):
     return tuple(tensor.cpu() for tensor in result)
 
 
-# Decode, and prefill with each of its kernels.
-both_ops = pytest.mark.parametrize(
-    "decode,prefill_kernel",
-    [(False, "sm80"), (False, "sm90"), (True, None)],
-    ids=["prefill", "prefill_sm90", "decode"],
-    indirect=["prefill_kernel"],
-)
-both_prefills = pytest.mark.parametrize("prefill_kernel", ["sm80", "sm90"], indirect=True)
+def kernels_of(*operators):
+    """(op, kernel) of every CUDA kernel of these ops."""
+    return [(kernel.op, kernel.name) for kernel in sources.kernels() if kernel.op in operators]
 
 
-@pytest.fixture(autouse=True)
-def prefill_kernel(request):
-    """Chooses the kernel of prefill, where a test asks for one; skips where the device cannot run it."""
-    name = getattr(request, "param", None)
-    if name is None:
-        yield None
-        return
-    capability = torch.cuda.get_device_capability()
-    if name == "sm90" and capability != (9, 0):
-        pytest.skip(f"compute capability {capability[0]}.{capability[1]}: the prefill kernel sm90 did not run on one")
-    previous = library.cuda_prefill()
-    library.select_cuda_prefill(name)
+def each_kernel(*operators):
+    """Runs a test with each CUDA kernel of some ops; skips those that this device cannot run."""
+    pairs = kernels_of(*operators)
+    return pytest.mark.parametrize("kernel", pairs, ids=["-".join(pair) for pair in pairs], indirect=True)
+
+
+both_ops = each_kernel("branched_prefill", "branched_decode")
+
+
+@pytest.fixture
+def kernel(request):
+    """Chooses a kernel, (op, name). Gives its name."""
+    op, name = request.param
+    needs = next(k.capability for k in library.cuda_kernels() if (k.op, k.name) == (op, name))
+    major, minor = torch.cuda.get_device_capability()
+    if needs not in (0, 10 * major + minor):
+        pytest.skip(f"compute capability {major}.{minor}: the kernel {name} of {op} did not run on one")
+    library.select_cuda_kernel(op, name)
     yield name
-    library.select_cuda_prefill(previous)
+    library.select_cuda_kernel(op, "auto")
+
+
+@pytest.fixture
+def decode(request, kernel):
+    """Whether the kernel is one of branched_decode."""
+    return request.node.callspec.params["kernel"][0] == "branched_decode"
 
 
 @both_ops
@@ -120,17 +128,18 @@ def lse_rounding(case, tile_keys):
     return tiles * (largest * half_unit + ex2) + ex2 + additions * half_unit
 
 
-@both_prefills
-def test_long_prefill(prefill_kernel):
+@each_kernel("branched_prefill")
+def test_long_prefill(kernel):
     """Branches of 3,000 queries over a prefix: several waves of blocks."""
     case = make_case([Group(2500, 2600, 300), Group(3001, 3001, 300)], (14, 2), 128, torch.bfloat16)
-    rounding = lse_rounding(case, TILE_KEYS[prefill_kernel])
+    rounding = lse_rounding(case, TILE_KEYS[kernel])
     assert rounding < 1e-4 < 1 / 3301, "one key that is left out or counted twice must still show"
     want, plain = expected(case), expected(case, torch.bfloat16)
     assert_attention(on_host(attend(to_device(case), False)), want, plain, rounding)
 
 
-def test_long_decode():
+@each_kernel("branched_decode")
+def test_long_decode(kernel):
     groups = [Group(1, 9000, 700, sample=i // 2) for i in range(6)]
     case = make_case(groups, (28, 4), 128, torch.bfloat16)
     assert_attention(on_host(attend(to_device(case), True)), expected(case), expected(case, torch.bfloat16))
@@ -143,6 +152,16 @@ def test_without_lse_and_without_groups(decode):
     assert lse.shape == (0,) and torch.equal(out, attend(case, decode)[0])
     out, lse = attend(to_device(make_case([], (6, 2), 64, torch.bfloat16)), decode)
     assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@each_kernel("branched_decode")
+def test_a_fixed_split_makes_a_sample_independent_of_its_neighbours(kernel):
+    groups = [Group(1, 900 + 100 * i, 64, sample=i // 2) for i in range(40)]
+    case = to_device(make_case(groups, (28, 4), 128, torch.bfloat16))
+    arguments = case.qo_rows[:2], case.key_ranges[:2], case.scale
+    whole = ops.branched_decode(case.q, case.k, case.v, case.qo_rows, case.key_ranges, case.scale, fixed_split=True)[0]
+    alone = ops.branched_decode(case.q, case.k, case.v, *arguments, fixed_split=True)[0]
+    assert torch.equal(whole[case.qo_rows[:2]], alone[case.qo_rows[:2]])
 
 
 @both_ops
@@ -170,7 +189,8 @@ def test_another_stream(decode):
     assert all(torch.equal(a, b) for a, b in zip(on_host(result), want, strict=True))
 
 
-def test_graph_of_a_decode_step():
+@each_kernel("branched_decode")
+def test_graph_of_a_decode_step(kernel):
     """append_, branched_decode and merge_ captured once; replayed with other lengths in the same tensors."""
     case = to_device(make_case([Group(1, 64, 16), Group(1, 64, 16)], (14, 2), 64, torch.bfloat16, spare_rows=0))
     case.k.nan_to_num_(0.0), case.v.nan_to_num_(0.0)
@@ -221,8 +241,8 @@ def test_a_device_that_is_not_current(decode):
     assert_attention(on_host(result), want, plain)
 
 
-@both_prefills
-def test_offsets_beyond_2_to_the_31():
+@both_ops
+def test_offsets_beyond_2_to_the_31(decode):
     """The second kv head lies 2^31 elements and more into the pool."""
     num_slots, dim = 2**31 // 128 + 512, 128
     if torch.cuda.mem_get_info()[0] < 5 * 2 * num_slots * dim * 2:
@@ -237,13 +257,13 @@ def test_offsets_beyond_2_to_the_31():
         pools.append(large)
     key_ranges = case.key_ranges + shift * torch.tensor([1, 0, 1, 0], device="cuda")
     moved = dataclasses.replace(case, k=pools[0], v=pools[1], key_ranges=key_ranges)
-    for decode in (False, True):
-        assert_attention(on_host(attend(moved, decode)), expected(small), expected(small, torch.bfloat16))
+    assert_attention(on_host(attend(moved, decode)), expected(small), expected(small, torch.bfloat16))
 
 
+@each_kernel("append_")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
 @pytest.mark.parametrize("head_dim", [8, 40, 128])
-def test_append(dtype, head_dim):
+def test_append(kernel, dtype, head_dim):
     pools = [torch.randn(4, 100, head_dim, device="cuda").to(dtype) for _ in range(2)]
     slots = torch.randperm(100, device="cuda")[:63]
     k = torch.randn(4, 63, head_dim, device="cuda").to(dtype).transpose(0, 1)
@@ -266,9 +286,10 @@ def test_merge(dtype, hidden_size):
     assert_as_exact(hidden, exact.to(dtype), exact, dtype)
 
 
+@each_kernel("rope_append_")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
 @pytest.mark.parametrize("heads,head_dim", [((2, 1), 8), ((6, 2), 40), ((28, 4), 128)])
-def test_rope_append(dtype, heads, head_dim):
+def test_rope_append(kernel, dtype, heads, head_dim):
     for angle_dtype in {dtype, torch.float32}:
         case = make_rope_append(63, heads, head_dim, dtype, angle_dtype)
         moved = {name: tensor.cuda() for name, tensor in case.items()}

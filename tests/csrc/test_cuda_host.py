@@ -208,9 +208,10 @@ def pools(num_kv_heads, num_slots, head_dim, dtype):
 
 
 class TestAppend:
+    @pytest.mark.parametrize("kernel", ["narrow", "wide"])
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
     @pytest.mark.parametrize("num_rows,num_kv_heads,head_dim", [(0, 2, 64), (1, 1, 8), (17, 2, 40), (63, 4, 128)])
-    def test_rows_land_in_their_slots(self, dtype, num_rows, num_kv_heads, head_dim):
+    def test_rows_land_in_their_slots(self, dtype, num_rows, num_kv_heads, head_dim, kernel):
         k_pool, v_pool = pools(num_kv_heads, 100, head_dim, dtype)
         slots = torch.randperm(100)[:num_rows]
         k = torch.randn(num_kv_heads, num_rows, head_dim).to(dtype).transpose(0, 1)
@@ -219,26 +220,52 @@ class TestAppend:
         want_k[:, slots], want_v[:, slots] = k.transpose(0, 1), (-k).transpose(0, 1)
         want_odd[:, slots] = wide[..., 3:].transpose(0, 1)
         calls = Calls()
-        calls.append(k_pool, v_pool, k, (-k).contiguous(), slots, seed=1)
-        calls.append(k_pool, v_pool, k, wide[..., 3:], slots)  # rows that begin anywhere
-        aligned, odd = calls.run()
+        calls.append(k_pool, v_pool, k, (-k).contiguous(), slots, seed=1, kernel=kernel)
+        calls.append(k_pool, v_pool, k, wide[..., 3:], slots, kernel=kernel)  # rows that begin anywhere
+        aligned, odd = ([memory.view(want_k.shape) for memory in memories] for memories in calls.run())
         assert torch.equal(aligned[0], want_k) and torch.equal(aligned[1], want_v)
         assert torch.equal(odd[0], want_k) and torch.equal(odd[1], want_odd)
 
+    @pytest.mark.parametrize("kernel", ["narrow", "wide"])
+    @pytest.mark.parametrize("head_dim", [20, 7])
+    def test_a_row_that_is_no_whole_vectors(self, kernel, head_dim):
+        """Every row begins at a vector, and ends within one: what lies behind it, NaN, stays."""
+        k_pool, v_pool, k, v = (torch.full((2, 30, 24), math.nan).bfloat16() for _ in range(4))
+        for tensor in (k, v):
+            tensor[..., :head_dim] = torch.randn(2, 30, head_dim)
+        slots = torch.randperm(30)
+        calls = Calls()
+        rows = [tensor[..., :head_dim].transpose(0, 1) for tensor in (k, v)]
+        calls.append(k_pool[..., :head_dim], v_pool[..., :head_dim], *rows, slots, kernel=kernel)
+        for memory, rows in zip(calls.run()[0], (k, v), strict=True):
+            landed = memory.view(2, 30, 24)
+            assert torch.equal(landed[:, slots, :head_dim], rows[..., :head_dim])
+            assert landed[..., head_dim:].isnan().all()
 
+    @pytest.mark.parametrize("kernel", ["narrow", "wide"])
+    def test_offsets_beyond_2_to_the_31(self, kernel):
+        k_pool, v_pool = pools(3, 40, 64, torch.bfloat16)
+        k, v = torch.randn(2, 17, 3, 64).bfloat16()
+        calls = Calls()
+        for distance in (0, 2**31 + 64):
+            calls.append(k_pool, v_pool, k, v, torch.arange(17), kernel=kernel, head_distance=distance)
+        assert same_bits(*calls.run())
+
+
+@pytest.mark.parametrize("kernel", ["narrow", "wide"])
 class TestRopeAppend:
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
     @pytest.mark.parametrize(
         "num_rows,heads,head_dim", [(0, (2, 2), 64), (1, (2, 1), 8), (17, (6, 2), 40), (33, (7, 1), 128)]
     )
-    def test_like_plain_pytorch_and_the_cpu_op(self, dtype, num_rows, heads, head_dim):
+    def test_like_plain_pytorch_and_the_cpu_op(self, dtype, num_rows, heads, head_dim, kernel):
         calls, cases = Calls(), []
         for angle_dtype in (dtype, torch.float32):
             case = make_rope_append(num_rows, heads, head_dim, dtype, angle_dtype, num_slots=60)
             # Q and K as attention layers hand it over; the rest contiguous, as the driver gives back what it holds.
             case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q_out")}
             cases.append(case)
-            calls.rope_append(**case, seed=1)
+            calls.rope_append(**case, seed=1, kernel=kernel)
         for case, (q_out, k_pool, v_pool) in zip(cases, calls.run(), strict=True):
             result = case | {"q_out": q_out, "k_pool": k_pool, "v_pool": v_pool}
             assert_rotated(case, result)
@@ -247,7 +274,7 @@ class TestRopeAppend:
             for name in ("q_out", "k_pool", "v_pool"):
                 assert_as_exact(result[name], None, op[name].double(), dtype)
 
-    def test_rows_that_begin_anywhere(self):
+    def test_rows_that_begin_anywhere(self, kernel):
         """A call that no vector load fits, one whose angles alone are so, and one that loads vectors throughout."""
         case = make_rope_append(17, (6, 2), 64, torch.bfloat16, torch.bfloat16, num_slots=60)
         case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q_out")}
@@ -257,9 +284,17 @@ class TestRopeAppend:
 
         calls = Calls()
         for moved in ({}, shifted("cos", "sin"), shifted("q", "k", "v", "cos", "sin")):
-            calls.rope_append(**(case | moved))
+            calls.rope_append(**(case | moved), kernel=kernel)
         first, *others = calls.run()
         assert all(same_bits(first, other) for other in others)
+
+    def test_offsets_beyond_2_to_the_31(self, kernel):
+        case = make_rope_append(9, (6, 3), 64, torch.bfloat16, torch.bfloat16, num_slots=60)
+        case |= {name: case[name].contiguous() for name in ("k_pool", "v_pool", "q_out")}
+        calls = Calls()
+        for distance in (0, 2**31 + 64):
+            calls.rope_append(**case, kernel=kernel, head_distance=distance)
+        assert same_bits(*calls.run())
 
 
 class TestMerge:

@@ -10,7 +10,7 @@ import torch
 from test_ops_branched_prefill import MIXED
 
 from attention_cases import HEADS, Group, assert_attention, expected, make_case, shared_case
-from cuda_host import Calls, build_driver
+from cuda_host import FAULT_SM90, Calls, build_driver
 
 FAULTS = {
     "mbarrier that is not initialised": 1,
@@ -24,7 +24,15 @@ FAULTS = {
     "result read before the wait": 9,
     "operand overwritten before the wait": 10,
     "missing barrier of a warpgroup": 11,
+    # Of a kernel whose copies arrive at the mbarrier themselves, and whose reader fences.
+    "missing fence of the reader": 13,
+    "fence of the reader before its wait": 14,
+    "arrival that does not wait for its copies": 15,
+    "arrival issued before its copies": 16,
+    "tracked copy that outlives its thread": 17,
+    "tracked copy into a slot in use": 18,
 }
+RIGHT = {"the copying thread waits and fences": 0, "copies arrive and the reader fences": 12}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +42,7 @@ def driver():
 
 def attend(case, **options):
     calls = Calls()
-    calls.attention(case, kernel=90, **options)
+    calls.attention(case, **{"kernel": "sm90", **options})
     return calls.run()[0]
 
 
@@ -50,12 +58,13 @@ class TestHostExecution:
         """Exit status, and 32 numbers per order."""
         calls = Calls()
         for seed in range(60):
-            calls.fault(fault, seed, sm90=True)
+            calls.fault(fault, seed, FAULT_SM90)
         said = calls.start()
         return said.returncode, torch.frombuffer(bytearray(said.stdout) or bytearray(4), dtype=torch.float32)
 
-    def test_right_kernel(self):
-        status, result = self.run(0)
+    @pytest.mark.parametrize("kernel", RIGHT)
+    def test_right_kernel(self, kernel):
+        status, result = self.run(RIGHT[kernel])
         assert status == 0 and torch.equal(result, torch.ones(60 * 32))
 
     @pytest.mark.parametrize("fault", FAULTS)
@@ -71,7 +80,7 @@ class TestPrefill:
         case, want, plain = shared_case(MIXED, heads, head_dim, dtype)
         calls = Calls()
         for seed in (2, 1):  # shuffled; 1 lets every product read its operands late
-            calls.attention(case, seed=seed, kernel=90)
+            calls.attention(case, seed=seed, kernel="sm90")
         first, *others = calls.run()
         assert_attention(first, want, plain)
         assert all(same_bits(first, other) for other in others)
@@ -86,7 +95,7 @@ class TestPrefill:
         case = make_case([Group(20, 600, 40)], (7, 1), 64, torch.float16)
         calls = Calls()
         for seed in range(10):
-            calls.attention(case, seed=seed, kernel=90)
+            calls.attention(case, seed=seed, kernel="sm90")
         first, *others = calls.run()
         assert_attention(first, expected(case), expected(case, torch.float16))
         assert all(same_bits(first, other) for other in others)
@@ -137,16 +146,16 @@ class TestPrefill:
         assert attend(make_case([], (6, 2), 64, torch.bfloat16, spare_rows=0))[0].shape == (0, 6, 64)
 
     @pytest.mark.parametrize(
-        "dtype,head_dim,kernel,said",
+        "dtype,head_dim,capability,said",
         [
             (torch.float32, 64, 90, "head_dim 64 of 32-bit elements, accepted on CUDA are head_dim 64 and 128 of bf"),
             (torch.bfloat16, 80, 90, "head_dim 80 of 16-bit elements, accepted on CUDA are"),
-            (torch.bfloat16, 64, -90, "the kernel sm90 was chosen, which runs on compute capability 9.0; this device"),
+            (torch.bfloat16, 64, 80, "the kernel sm90 was chosen, which runs on compute capability 9.0; this device"),
         ],
     )
-    def test_what_is_not_supported_is_refused(self, dtype, head_dim, kernel, said):
+    def test_what_is_not_supported_is_refused(self, dtype, head_dim, capability, said):
         calls = Calls()
-        calls.attention(make_case([Group(1, 1)], (2, 2), head_dim, dtype), kernel=kernel)
+        calls.attention(make_case([Group(1, 1)], (2, 2), head_dim, dtype), kernel="sm90", capability=capability)
         process = calls.start()
         assert process.returncode == 2 and said.replace("of bf", "of bfloat16") in process.stderr.decode()
 

@@ -21,6 +21,7 @@ from fmd_ext.decode import sequence as sequence_module
 from fmd_ext.decode import store as store_module
 from fmd_ext.decode.step import CaptureSite, StaticStep
 from fmd_ext.lab.tiny import TOKEN_IDS, tiny_processor, tiny_thinker
+from fmd_ext.ops import dispatch
 from omni_inputs import AUDIO_VIDEO, INTERLEAVED, TEXT_ONLY, TWO_CLIPS, VIDEO_AUDIO, VIDEO_ONLY, build_inputs
 from recorded import record_steps
 
@@ -169,6 +170,19 @@ def test_a_step_is_captured_once(thinker, monkeypatch):
         assert thinker.generate(**inputs, **GREEDY).tolist() == ours.tolist()
     finally:
         layer.down_proj.weight = weight
+
+
+def test_a_step_keeps_to_the_split_that_it_was_captured_with(thinker, monkeypatch):
+    recordings = record_steps(monkeypatch)
+    fmd_ext.patch(thinker, fork_layers=2, runner=True)
+    inputs = build_inputs([VIDEO_AUDIO])
+    try:
+        for split, count in (("auto", 1), ("fixed", 2), ("auto", 2)):
+            dispatch.select_split(split)
+            thinker.generate(**inputs, **GREEDY)
+            assert len(recordings) == count
+    finally:
+        dispatch.select_split("auto")
 
 
 def test_steps_of_samples_that_fork_and_that_do_not_are_apart(thinker, steps):

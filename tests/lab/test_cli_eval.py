@@ -12,6 +12,7 @@ from eval_data import FILES, records, write_benchmark, write_json
 from fmd_ext.cli import main
 from fmd_ext.lab.synthetic import write_dataset
 from fmd_ext.lab.tiny import save_random_model
+from fmd_ext.ops import dispatch
 
 QUICK = ["--max-new-tokens", "3", "--max-frame-pixels", "3136", "--max-frames", "4", "--quiet"]
 
@@ -42,7 +43,7 @@ def fmd(capsys):
 @pytest.mark.parametrize(
     "benchmark, table", [("avhbench", "by task"), ("music-avqa", "by modality"), ("avqa", "by type")]
 )
-def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
+def test_the_whole_chain(fmd, data, tmp_path, monkeypatch, benchmark, table):
     run = ["--benchmark", benchmark, "--data", data, "--model", data.parent / "model", "--output", tmp_path]
     run += ["--limit", "6"]
     code, out, err = fmd(*run, *QUICK, "--method", "vanilla,fmd-attention:fork_layers=2", "--batch-size", "2")
@@ -57,6 +58,7 @@ def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
     settings = json.loads((tmp_path / "run.json").read_text())
     methods = json.loads((tmp_path / "methods.json").read_text())
     assert methods["fmd-attention:fork_layers=2"]["text_weight"] == 0.5  # a default, in force
+    assert settings["decode_split"] == "auto"
     assert settings["prompt"] and settings["about"]["versions"]["torch"] and settings["decoding"]["max_new_tokens"] == 3
 
     # Again with one method more: only that one is run. And without model and data: only scored.
@@ -73,6 +75,9 @@ def test_the_whole_chain(fmd, data, tmp_path, benchmark, table):
     assert f"answer cut off: {asked} by vanilla" in scored  # after three tokens
     code, _, err = fmd(*run, *QUICK, "--batch-size", "3")
     assert code == 2 and "holds predictions with batch_size=2, this run has 3" in err
+    monkeypatch.setattr(dispatch, "_split", "fixed")
+    code, _, err = fmd(*run, *QUICK, "--batch-size", "2")
+    assert code == 2 and "holds predictions with decode_split='auto', this run has 'fixed'" in err
 
 
 def test_speed_is_measured_apart(fmd, data, tmp_path):

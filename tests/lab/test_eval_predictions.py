@@ -93,6 +93,15 @@ def test_a_folder_of_other_settings_is_refused(results):
     assert results.settings()["about"] == {"torch": "1"}
 
 
+def test_a_folder_from_before_a_setting_was_recorded_goes_on_as_it_was(results):
+    results.begin({"model": "m"}, [])
+    with Share(results.share_path(0, 1)) as share:
+        share.append([prediction("a")])
+    results.begin({"model": "m", "decode_split": "auto"}, [])
+    with pytest.raises(ResultsError, match="decode_split='auto', this run has 'fixed'"):
+        results.begin({"model": "m", "decode_split": "fixed"}, [])
+
+
 SETTINGS = {"model": "m", "about": {"torch": "1"}}
 
 

@@ -161,6 +161,49 @@ def test_unknown_choice():
     )
 
 
+class TestSplit:
+    """How branched_decode splits keys: told to the kernel with every call."""
+
+    @pytest.fixture
+    def told(self, monkeypatch):
+        """What the kernel was told in each call of the op."""
+        seen = []
+        op = operators()["branched_decode"]
+        run = op.kernel
+        monkeypatch.setattr(op, "kernel", lambda *arguments: seen.append(arguments[-1]) or run(*arguments))
+        return seen
+
+    def test_it_is_fixed_where_it_is_asked_for(self, told):
+        arguments = make_case([Group(1, 40)], (2, 1), 64, FLOAT32).decode_args()
+        ops.branched_decode(*arguments)
+        ops.branched_decode(*arguments, fixed_split=True)
+        dispatch.select_split("fixed")
+        try:
+            ops.branched_decode(*arguments)
+            ops.branched_decode(*arguments, fixed_split=False)
+        finally:
+            dispatch.select_split("auto")
+        assert told == [False, True, True, False]
+
+    def test_torchs_deterministic_algorithms_fix_it(self, told):
+        arguments = make_case([Group(1, 40)], (2, 1), 64, FLOAT32).decode_args()
+        torch.use_deterministic_algorithms(True)
+        try:
+            ops.branched_decode(*arguments)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        ops.branched_decode(*arguments)
+        assert told == [True, False]
+
+    def test_unknown_split(self):
+        with pytest.raises(ValueError, match=r"^unknown split of decoding 'even'; accepted: auto, fixed$"):
+            dispatch.select_split("even")
+        environment = os.environ | {"FMD_EXT_DECODE_SPLIT": "even"}
+        command = [sys.executable, "-c", "import fmd_ext.ops.dispatch"]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert said.returncode == 1 and "FMD_EXT_DECODE_SPLIT: unknown split of decoding 'even'" in said.stderr
+
+
 # A program in an installation whose build could compile nothing: no op library, no planner module.
 UNCOMPILED = """
 import logging, pathlib, sys, torch

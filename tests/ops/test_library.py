@@ -101,8 +101,18 @@ def test_a_library_of_other_sources_is_named(monkeypatch):
         importlib.reload(importlib.import_module("fmd_ext.ops.merge"))
 
 
+def test_the_former_variable_of_a_kernel_names_the_present_one(before_load, monkeypatch, caplog):
+    monkeypatch.setenv("FMD_EXT_CUDA_PREFILL", "sm90")
+    library.load()
+    library.load()
+    assert caplog.messages == [
+        "fmd_ext: the environment variable FMD_EXT_CUDA_PREFILL=sm90 is not read any more; "
+        "FMD_EXT_CUDA_KERNELS=branched_prefill=sm90 takes its place"
+    ]
+
+
 @pytest.mark.skipif(library.load()["cuda"].loaded, reason="the CUDA library is loaded: there is a kernel to choose")
 def test_no_cuda_kernel_to_choose():
-    assert library.cuda_prefill() is None
+    assert library.cuda_kernel("branched_prefill", (9, 0)) is None and library.cuda_kernels() == []
     with pytest.raises(RuntimeError, match="there is no CUDA kernel to choose: (this installation|torch)"):
-        library.select_cuda_prefill("sm90")
+        library.select_cuda_kernel("branched_prefill", "sm90")

@@ -121,4 +121,4 @@ def test_without_lse_and_without_groups():
 def test_opcheck():
     for return_lse in (False, True):
         case = make_case(SAMPLES[:3], (6, 2), 16)
-        torch.library.opcheck(torch.ops.fmd_ext.branched_decode.default, case.decode_args(return_lse))
+        torch.library.opcheck(torch.ops.fmd_ext.branched_decode.default, (*case.decode_args(return_lse), False))

@@ -10,6 +10,7 @@ import concurrent.futures
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import fmd_kernel_sources
 from paths import ROOT, TESTS
 
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]  # unroll
@@ -29,7 +31,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 INSTRUMENTED, PLAIN = ["-O1", *SANITIZERS], ["-O2"]
 DRIVER = ("driver.cpp", "small_kernels.cpp")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, FAULT_SM90, FRAGMENTS, END = 0, 1, 2, 3, 4, 5, 6, 7, -1
+PREFILL, DECODE, APPEND, MERGE, FAULT, ROPE_APPEND, FAULT_SM90, FRAGMENTS, FAULT_GRIDS, END = *range(9), -1
 
 
 def sources() -> list[tuple[Path, list[str]]]:
@@ -56,7 +58,12 @@ def _compile(compiler: str, folder: Path) -> Path:
     folders = [ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", TESTS / "support" / "cuda_host"]
     headers = {path for folder in folders for path in folder.rglob("*.*h") if path.is_file()}
     include = [part for folder in ("csrc", "csrc/include", "tests/support") for part in ("-I", ROOT / folder)]
-    headers_digest = hashlib.sha256(compiler.encode())
+    include += ["-I", folder]
+    # None has passed anywhere here, so that "auto" is the oldest of each op whatever the table says.
+    facts = re.sub(r'"[^"]*", (\d+\))', r'"", \1', fmd_kernel_sources.header())
+    (folder / "generated").mkdir(exist_ok=True)
+    (folder / "generated" / "cuda_kernels.inc").write_text(facts)
+    headers_digest = hashlib.sha256(compiler.encode() + facts.encode())
     for path in sorted(headers):
         headers_digest.update(path.name.encode() + path.read_bytes())
 
@@ -81,9 +88,14 @@ def _compile(compiler: str, folder: Path) -> Path:
         objects = list(pool.map(compile_one, sources()))
     linked = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
     driver = build(folder / f"driver-{linked}.bin", *SANITIZERS, *objects)
-    for path in set(folder.iterdir()) - {driver, folder / "lock", *objects}:
+    for path in set(folder.iterdir()) - {driver, folder / "lock", folder / "generated", *objects}:
         path.unlink() if path.is_file() else shutil.rmtree(path)
     return driver
+
+
+def _storage(tensor):
+    """The whole memory that a tensor is a view of."""
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
 
 @dataclass
@@ -109,19 +121,32 @@ class Calls:
 
     def _strided(self, tensor, *dims):
         """The memory that a tensor spans, the byte offset of its first element there, and strides."""
-        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-        self._array(storage)
+        self._array(_storage(tensor))
         self._numbers(tensor.storage_offset() * tensor.element_size(), *(tensor.stride(dim) for dim in dims))
 
     def _call(self, kind, seed, multiprocessors, *results):
         self._numbers(kind, seed, multiprocessors)
         self.results.append(list(results))
 
-    def attention(self, case, decode=False, return_lse=True, seed=0, multiprocessors=2, head_distance=0, kernel=80):
+    def _kernel(self, name):
+        self._array(torch.tensor(list(name.encode()), dtype=torch.uint8))
+
+    def attention(
+        self,
+        case,
+        decode=False,
+        return_lse=True,
+        seed=0,
+        multiprocessors=2,
+        head_distance=0,
+        kernel="auto",
+        capability=90,
+        fixed_split=False,
+    ):
         """(out, lse), as the op gives them.
 
-        head_distance: puts the heads of k and v that many elements apart. kernel: for prefill, 80 or 90; -90 for
-        the latter on a device that cannot run it.
+        head_distance: puts the heads of k and v that many elements apart. kernel: its name in csrc/cuda/kernels.json.
+        capability: of the imagined device.
         """
         num_rows, num_qo_heads, head_dim = case.q.shape
         # What no kernel writes stays NaN.
@@ -136,23 +161,32 @@ class Calls:
             self._strided(tensor, *dims)
         for tensor in (case.qo_rows, case.cu_seqlens_q, case.key_ranges, out, lse):
             self._array(tensor)
-        self._numbers(return_lse, head_distance, kernel)
+        self._numbers(return_lse, head_distance)
+        self._kernel(kernel)
+        self._numbers(capability, fixed_split)
 
-    def append(self, k_pool, v_pool, k, v, slots, seed=0):
-        """The memory of k_pool and v_pool afterwards; both must be contiguous."""
-        self._call(APPEND, seed, 2, k_pool, v_pool)
-        self._appended(k_pool, v_pool, k, v, slots)
+    def append(self, k_pool, v_pool, k, v, slots, seed=0, kernel="auto", head_distance=0):
+        """The memory of k_pool and v_pool afterwards, all that their storage holds, as one row.
 
-    def _appended(self, k_pool, v_pool, k, v, slots):
+        head_distance: puts the heads of both that many elements apart while the kernel runs; then both must be
+        contiguous.
+        """
+        self._call(APPEND, seed, 2, *(_storage(pool) for pool in (k_pool, v_pool)))
+        self._kernel(kernel)
+        self._appended(k_pool, v_pool, k, v, slots, head_distance)
+
+    def _appended(self, k_pool, v_pool, k, v, slots, head_distance=0):
         self._numbers(DTYPE_CODES[k_pool.dtype], k.shape[0], k_pool.shape[1], k_pool.shape[0], k_pool.shape[2])
         for tensor in (k_pool, v_pool, k, v):
             self._strided(tensor, 0, 1)
         self._array(slots)
+        self._numbers(head_distance)
 
-    def rope_append(self, k_pool, v_pool, q_out, q, k, v, cos, sin, slots, seed=0):
-        """The memory of q_out, k_pool and v_pool afterwards; all three must be contiguous."""
+    def rope_append(self, k_pool, v_pool, q_out, q, k, v, cos, sin, slots, seed=0, kernel="auto", head_distance=0):
+        """The memory of q_out, k_pool and v_pool afterwards; all three must be contiguous. head_distance: as there."""
         self._call(ROPE_APPEND, seed, 2, q_out, k_pool, v_pool)
-        self._appended(k_pool, v_pool, k, v, slots)
+        self._kernel(kernel)
+        self._appended(k_pool, v_pool, k, v, slots, head_distance)
         self._numbers(q.shape[1], DTYPE_CODES[cos.dtype])
         for tensor in (q, q_out):
             self._strided(tensor, 0, 1)
@@ -167,9 +201,12 @@ class Calls:
         for tensor in (home_rows, away_rows, weights):
             self._array(tensor)
 
-    def fault(self, which, seed=0, sm90=False):
-        """A kernel with one mistake (0: none), see small_kernels.cpp; the right result is 32 ones."""
-        self._call(FAULT_SM90 if sm90 else FAULT, seed, 2, torch.empty(32))
+    def fault(self, which, seed=0, kind=FAULT):
+        """A kernel with one mistake (0: none), see small_kernels.cpp; the right result is 32 ones.
+
+        kind: FAULT, FAULT_SM90 or FAULT_GRIDS.
+        """
+        self._call(kind, seed, 2, torch.empty(32))
         self._numbers(which)
 
     def fragments(self, instruction, numbers, image=None, a=None, b=None, places=(0, 0, 0, 0), seed=0):

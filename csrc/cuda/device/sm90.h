@@ -1,8 +1,12 @@
 // The device operations of sm_90a, beside those of intrinsics.h and with two implementations like them.
 //
-// - async_proxy_fence(): makes what this thread has written to shared memory, by finished copies too, visible to wgmma
-//   of the threads that it synchronises with afterwards.
+// - async_proxy_fence(): wgmma and what else uses the asynchronous proxy see, from here on, what was written to shared
+//   memory before by stores and by copy_async_16: wgmma of this thread what it knows to be written (it has waited for
+//   it), and wgmma of the threads that it synchronises with afterwards what it has written itself.
 // - group_barrier(id, threads): of the threads that name the same id, 1 to 15.
+// - group_barrier_arrive(id, threads): counts as one of these threads, and does not wait.
+// - copy_async_arrive(barrier): arrives for this thread once all copies that it has issued are there. Who waits for
+//   that phase may read them; before wgmma reads them, who waited needs an async_proxy_fence().
 // - mbarrier_init(barrier, arrivals), mbarrier_arrive(barrier), mbarrier_wait(barrier, parity): a phase ends with its
 //   last arrival; the wait is for the end of the phase of that parity, the first phase being of parity 0. Waiting is
 //   for whole warps.

@@ -1,7 +1,5 @@
 // Rows of K and V into their slots: bytes only, so any head_dim and dtype. A warp per row and head.
-#include "cuda/device/intrinsics.h"
-#include "cuda/dispatch.h"
-#include "fmd/append.h"
+#include "cuda/append.h"
 
 namespace fmd::cuda {
 
@@ -30,18 +28,8 @@ append_kernel(const AppendParams params, const int element_bytes) {
   }
 }
 
-}  // namespace fmd::cuda
-
-namespace fmd {
-
-void launch_append_cuda(const AppendParams& params, void* stream) {
-  using namespace cuda;
-  if (params.num_rows == 0) return;
-  const bool vectors =
-      is_aligned(16, params.dtype, params.k_pool, params.k_pool_stride_head, params.k_pool_stride_slot) &&
-      is_aligned(16, params.dtype, params.v_pool, params.v_pool_stride_head, params.v_pool_stride_slot) &&
-      is_aligned(16, params.dtype, params.k, params.k_stride_row, params.k_stride_head) &&
-      is_aligned(16, params.dtype, params.v, params.v_stride_row, params.v_stride_head, params.head_dim);
+void launch_narrow_append(const AppendParams& params, void* stream) {
+  const bool vectors = begins_aligned(params) && params.head_dim * bytes_of(params.dtype) % 16 == 0;
   const auto run = [&](auto kernel) {
     launch("append_", kernel, ceil_div(params.num_rows * params.num_kv_heads, kAppendWarps), kAppendWarps * kWarpSize,
            0, stream, params, static_cast<int>(bytes_of(params.dtype)));
@@ -50,4 +38,4 @@ void launch_append_cuda(const AppendParams& params, void* stream) {
   params.dtype == DType::kFloat32 ? run(append_kernel<uint32_t>) : run(append_kernel<uint16_t>);
 }
 
-}  // namespace fmd
+}  // namespace fmd::cuda

@@ -1,18 +1,18 @@
 #include <algorithm>
 
+#include "cuda/branched_decode.h"
 #include "cuda/dispatch.h"
 #include "cuda/sm80/branched_decode.cuh"
-#include "cuda/sm80/clear.h"
-#include "fmd/branched_attention.h"
 
-namespace fmd {
-namespace cuda {
+namespace fmd::cuda {
 namespace {
 
 // Blocks that a multiprocessor runs at once (shared memory allows it from sm_90 on; more only queue).
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 // Each split costs the combine a vector per row.
 constexpr int64_t kMaxSplits = 64;
+// Of every group, where the split must not depend on what else is in the call.
+constexpr int64_t kFixedSplits = 16;
 
 // As few splits as fill the device: the blocks of all groups come in waves, and the last wave should be nearly full.
 int64_t choose_splits(int64_t units, int64_t num_slots) {
@@ -33,32 +33,29 @@ int64_t choose_splits(int64_t units, int64_t num_slots) {
 struct Plan {
   int64_t blocks, num_splits, num_head_tiles;
 
-  explicit Plan(const BranchedAttentionParams& params) {
+  Plan(const BranchedAttentionParams& params, bool fixed_split) {
     num_head_tiles = ceil_div(params.num_qo_heads / params.num_kv_heads, kUnitRows);
     const int64_t units = params.num_groups * params.num_kv_heads * num_head_tiles;
-    num_splits = choose_splits(std::max<int64_t>(units, 1), params.num_slots);
+    num_splits = fixed_split ? kFixedSplits : choose_splits(std::max<int64_t>(units, 1), params.num_slots);
     blocks = units * num_splits;
   }
 };
 
 }  // namespace
-}  // namespace cuda
 
-int64_t branched_decode_workspace_cuda(const BranchedAttentionParams& params) {
-  return cuda::Plan(params).blocks * cuda::kUnitRows * (params.head_dim + 2) * static_cast<int64_t>(sizeof(float));
+int64_t split_decode_workspace(const BranchedAttentionParams& params, bool fixed_split) {
+  const int64_t row_bytes = (params.head_dim + 2) * static_cast<int64_t>(sizeof(float));
+  return Plan(params, fixed_split).blocks * kUnitRows * row_bytes;
 }
 
-void launch_branched_decode_cuda(const BranchedAttentionParams& params, void* workspace, void* stream) {
-  using namespace cuda;
+void launch_split_decode(const BranchedAttentionParams& params, bool fixed_split, void* workspace, void* stream) {
   const char* name = "branched_decode";
   dispatch_attention(name, params.dtype, params.head_dim, [&](auto instance) {
     using T = typename decltype(instance)::T;
     constexpr int kDim = decltype(instance)::kDim;
     using Shape = DecodeShape<kDim>;
-    if (params.num_rows == 0) return;
-    clear_other_rows(params, stream);
-    if (params.num_groups == 0) return;
-    const Plan plan(params);
+    if (params.num_rows == 0 || params.num_groups == 0) return;
+    const Plan plan(params, fixed_split);
     DecodePartials partials{};
     partials.out = static_cast<float*>(workspace);
     partials.maximum = partials.out + plan.blocks * kUnitRows * kDim;
@@ -74,4 +71,4 @@ void launch_branched_decode_cuda(const BranchedAttentionParams& params, void* wo
   });
 }
 
-}  // namespace fmd
+}  // namespace fmd::cuda

@@ -2,38 +2,12 @@
 //
 // A row has an item for each vector of half a head: of every query head and key head to rotate, of every value head
 // to copy. A thread per item, with both halves of what it rotates.
-#include "cuda/device/intrinsics.h"
-#include "cuda/dispatch.h"
-#include "fmd/append.h"
+#include "cuda/append.h"
+#include "cuda/rope_vectors.cuh"
 
 namespace fmd::cuda {
 
 constexpr int kRopeThreads = 256;
-
-template <typename T, int kElements>
-struct alignas(sizeof(T) * kElements) RopeVec {
-  T element[kElements];
-};
-
-template <typename T, int kElements>
-FMD_DEVICE void read_floats(const T* from, float (&to)[kElements]) {
-  constexpr int kVec = kElements < 16 / static_cast<int>(sizeof(T)) ? kElements : 16 / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int i = 0; i < kElements; i += kVec) {
-    const auto vec = *reinterpret_cast<const RopeVec<T, kVec>*>(from + i);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) to[i + j] = to_float(vec.element[j]);
-  }
-}
-
-template <typename T, int kElements>
-FMD_DEVICE void read_angles(const RopeAppendParams& params, const void* angles, int64_t at, float (&to)[kElements]) {
-  if (params.angle_dtype == DType::kFloat32) {
-    read_floats(static_cast<const float*>(angles) + at, to);
-  } else {
-    read_floats(static_cast<const T*>(angles) + at, to);
-  }
-}
 
 // kElements: of a 16-byte vector, or 1 where something is not aligned for that.
 template <typename T, int kElements>
@@ -84,23 +58,9 @@ rope_append_kernel(const RopeAppendParams params) {
   *reinterpret_cast<Vec*>(to + low + half) = b;
 }
 
-}  // namespace fmd::cuda
-
-namespace fmd {
-
-void launch_rope_append_cuda(const RopeAppendParams& params, void* stream) {
-  using namespace cuda;
+void launch_narrow_rope_append(const RopeAppendParams& params, void* stream) {
   const AppendParams& append = params.append;
-  if (append.num_rows == 0) return;
-  const bool vectors =
-      is_aligned(16, append.dtype, append.k_pool, append.k_pool_stride_head, append.k_pool_stride_slot) &&
-      is_aligned(16, append.dtype, append.v_pool, append.v_pool_stride_head, append.v_pool_stride_slot) &&
-      is_aligned(16, append.dtype, append.k, append.k_stride_row, append.k_stride_head) &&
-      is_aligned(16, append.dtype, append.v, append.v_stride_row, append.v_stride_head) &&
-      is_aligned(16, append.dtype, params.q, params.q_stride_row, params.q_stride_head, append.head_dim / 2) &&
-      is_aligned(16, append.dtype, params.q_out, params.q_out_stride_row, params.q_out_stride_head) &&
-      is_aligned(16, params.angle_dtype, params.cos, params.cos_stride_row) &&
-      is_aligned(16, params.angle_dtype, params.sin, params.sin_stride_row);
+  const bool vectors = begins_aligned(params);
   dispatch_float(append.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kElements = 16 / sizeof(T);
@@ -111,4 +71,4 @@ void launch_rope_append_cuda(const RopeAppendParams& params, void* stream) {
   });
 }
 
-}  // namespace fmd
+}  // namespace fmd::cuda

@@ -2,8 +2,10 @@
 //
 // A block takes 128 rows (see prefill_block.cuh). Its first warpgroup, the producer, brings the tiles of K and V, in
 // turns, into a ring of kSlots slots; each of two consumer warpgroups computes 64 of the rows. An mbarrier per slot
-// says when it is full and one when it is empty. A consumer issues the scores of a tile and the values of the tile
-// before it together, so that its softmax runs beside the tensor cores, as does the other consumer's.
+// says when it is full and one when it is empty. The copies themselves arrive when they are there, so the producer
+// never waits for them, only for empty slots; the consumers fence after their wait. A consumer issues the scores of a
+// tile and the values of the tile before it together, so that its softmax runs beside its values. The consumers issue
+// in turns, so that one's softmax also runs beside the other's products: otherwise both may come to it at once.
 //
 // The producer copies 16 bytes at a time: segments begin at any slot, a tile may hold the end of the prefix and the
 // beginning of the own segment, and what lies beyond must not be read, since it may be NaN. Boxes of a tensor map can
@@ -21,7 +23,7 @@ namespace fmd::cuda {
 
 template <int kDim>
 struct Sm90PrefillShape {
-  static constexpr int kConsumers = 2;
+  static constexpr int kConsumers = 2;  // which take turns
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
   static constexpr int kGroupRows = 64;
   static constexpr int kRows = kConsumers * kGroupRows;
@@ -108,21 +110,16 @@ FMD_DEVICE void sm90_prefill_produce(const BranchedAttentionParams& params, cons
       const int64_t slot = key + (key < prefix_len ? block.prefix_slot : block.own_slot);
       copy_async_16(tile + panel_place<Shape::kKeys>(row, vec), valid ? from + slot * stride_slot : pool, valid);
     }
-    copy_async_commit();
+    copy_async_arrive(&full[half % Shape::kSlots]);
   };
   for (int half = 0; half < 2 * num_tiles; ++half) {
     // The first round finds all slots empty: of the phase before the first, a wait is over at once.
     mbarrier_wait(&empty[half % Shape::kSlots], (half / Shape::kSlots + 1) % 2);
     copy_half(half);
-    if (half > 0) {
-      copy_async_wait<1>();
-      async_proxy_fence();
-      mbarrier_arrive(&full[(half - 1) % Shape::kSlots]);
-    }
   }
+  // No thread leaves before its copies.
+  copy_async_commit();
   copy_async_wait<0>();
-  async_proxy_fence();
-  if (num_tiles > 0) mbarrier_arrive(&full[(2 * num_tiles - 1) % Shape::kSlots]);
 }
 
 template <typename T, int kDim>
@@ -199,6 +196,13 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
     for (int step = 0; step < Shape::kKeys / 16; ++step) State::fragment_of(weights[step], scores[0], step);
   };
 
+  // Named barriers: 1 and 2 are each consumer's own, 3 and 4 their turns. A consumer waits for its turn where it issues
+  // products, num_tiles times, and gives the turn to the other behind them; the first one has the first turn.
+  constexpr int kBothConsumers = Shape::kConsumers * kWarpgroupSize;
+  const auto take_turn = [&] { group_barrier(3 + consumer, kBothConsumers); };
+  const auto give_turn = [&] { group_barrier_arrive(4 - consumer, kBothConsumers); };
+  if (consumer == 1 && num_tiles > 0) give_turn();
+
   const auto fence_scores = [&] { wgmma_fence_operand(reinterpret_cast<typename Products::Sums&>(scores)); };
   const auto fence_out = [&] { wgmma_fence_operand(reinterpret_cast<typename Products::Out&>(state.out)); };
   // Before products that take what the softmax made.
@@ -211,8 +215,11 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
 
   if (num_tiles > 0) {
     wait_for(0);
+    async_proxy_fence();
+    take_turn();
     wgmma_fence();
     Products::score(scores, q, slot_of(0));
+    if (consumer == 0 || num_tiles > 1) give_turn();
     wgmma_wait<0>();
     fence_scores();
     release(0);
@@ -223,9 +230,12 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
     const int k_half = 2 * tile, v_half = 2 * tile - 1;
     wait_for(v_half);
     wait_for(k_half);
+    async_proxy_fence();
+    take_turn();
     fence_operands();
     Products::score(scores, q, slot_of(k_half));
     Products::accumulate(state, weights, slot_of(v_half));
+    if (consumer == 0 || tile + 1 < num_tiles) give_turn();
     wgmma_wait<1>();
     fence_scores();
     release(k_half);
@@ -239,6 +249,7 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
   }
   if (num_tiles > 0) {
     wait_for(2 * num_tiles - 1);
+    async_proxy_fence();
     fence_operands();
     Products::accumulate(state, weights, slot_of(2 * num_tiles - 1));
     wgmma_wait<0>();

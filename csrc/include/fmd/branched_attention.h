@@ -56,8 +56,11 @@ void launch_branched_decode_cpu(const BranchedAttentionParams& params, ParallelF
 // -infinity) where num_queries < num_rows.
 void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream);
 
-// workspace: branched_decode_workspace_cuda(params) bytes, 16-byte aligned; may be reused once the launch has run.
-int64_t branched_decode_workspace_cuda(const BranchedAttentionParams& params);
-void launch_branched_decode_cuda(const BranchedAttentionParams& params, void* workspace, void* stream);
+// workspace: branched_decode_workspace_cuda(params, fixed_split) bytes, 16-byte aligned; may be reused once the launch
+// has run. fixed_split: a row's keys are split as they would be if its unit, the groups that share its prefix, were
+// alone in the call and the pool, so that its result does not depend on the others.
+int64_t branched_decode_workspace_cuda(const BranchedAttentionParams& params, bool fixed_split);
+void launch_branched_decode_cuda(const BranchedAttentionParams& params, bool fixed_split, void* workspace,
+                                 void* stream);
 
 }  // namespace fmd

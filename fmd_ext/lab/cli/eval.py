@@ -37,6 +37,7 @@ from fmd_ext.lab.eval.run import DeviceLost, Runner, rank_and_size
 from fmd_ext.lab.eval.scores import evaluate, write_scores
 from fmd_ext.lab.eval.speed import measure, read_speed, write_speed
 from fmd_ext.lab.eval.statistics import require_scipy
+from fmd_ext.ops import dispatch
 
 
 def run(args: argparse.Namespace) -> int:
@@ -215,6 +216,7 @@ def run_settings(
         "max_new_tokens": token_limits(model.processor, loaded.benchmark.max_new_tokens),
         "reading": vars(reading),
         "batch_size": args.batch_size,
+        "decode_split": "fixed" if dispatch.splits_are_fixed() else "auto",
         "about": {
             "prompt_source": loaded.prompt.source,
             "files": [str(path) for path in loaded.files],

@@ -22,6 +22,10 @@ from fmd_ext.lab.eval.items import Item
 Key = tuple[str, str, int]  # method, item, sample
 
 
+# Settings that came later, and what held before they were recorded.
+DEFAULTS = {"decode_split": "auto"}
+
+
 class ResultsError(ValueError):
     """A results folder that cannot be used; the message says what is wrong with it and what to do."""
 
@@ -183,10 +187,11 @@ class Results:
         """Raises ResultsError where something recorded differs."""
         before = self.settings()
         for name in sorted((before.keys() | settings.keys()) - {"about"}):
-            if before.get(name) != settings.get(name):
+            held, asked = (record.get(name, DEFAULTS.get(name)) for record in (before, settings))
+            if held != asked:
                 raise ResultsError(
-                    f"{self.folder} holds predictions with {name}={before.get(name)!r}, this run has "
-                    f"{settings.get(name)!r}: choose another folder, or the same settings"
+                    f"{self.folder} holds predictions with {name}={held!r}, this run has {asked!r}: "
+                    "choose another folder, or the same settings"
                 )
         recorded = self.methods()
         for name, values in methods.items():

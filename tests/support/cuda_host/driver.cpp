@@ -13,6 +13,7 @@
 #include <exception>
 #include <memory>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/device/intrinsics.h"
 #include "fmd/append.h"
@@ -40,12 +41,25 @@ class FarHeads {
   ~FarHeads() { munmap(data_, bytes_); }
   FarHeads(const FarHeads&) = delete;
   FarHeads& operator=(const FarHeads&) = delete;
-  const void* data() const { return data_; }
+  void* data() const { return data_; }
+  void copy_back(void* heads, int64_t head_bytes, int64_t num_heads, int64_t distance) const {
+    for (int64_t i = 0; i < num_heads; ++i) {
+      std::memcpy(static_cast<char*>(heads) + i * head_bytes, static_cast<const char*>(data_) + i * distance,
+                  head_bytes);
+    }
+  }
 
  private:
   size_t bytes_;
   void* data_;
 };
+
+// Makes an op run the kernel whose name comes next.
+void select(const char* op) {
+  const Array letters = Array::read();
+  const std::string name(letters.at<const char>(), static_cast<size_t>(letters.bytes()));
+  if (const char* reason = fmd_ext_select_cuda_kernel(op, name.c_str())) throw std::runtime_error(reason);
+}
 
 void attention(bool decode) {
   fmd::BranchedAttentionParams p{};
@@ -89,14 +103,14 @@ void attention(bool decode) {
     p.v = far_v->data();
     p.k_stride_head = p.v_stride_head = distance;
   }
-  const int64_t kernel = number();  // 80 or 90; negative: on a device of the other kind
-  fmd_ext_select_cuda_prefill(kernel == 80 ? "sm80" : "sm90");
-  fmd::cuda::host::settings().compute_capability = kernel < 0 ? 80 : 90;
+  select(decode ? "branched_decode" : "branched_prefill");
+  fmd::cuda::host::settings().compute_capability = static_cast<int>(number());
+  const bool fixed_split = number() != 0;
   if (decode) {
-    const int64_t bytes = fmd::branched_decode_workspace_cuda(p);
+    const int64_t bytes = fmd::branched_decode_workspace_cuda(p, fixed_split);
     const Array workspace(bytes);
     std::memset(workspace.at<void>(), 0xff, static_cast<size_t>(bytes));
-    fmd::launch_branched_decode_cuda(p, workspace.at<void>(), nullptr);
+    fmd::launch_branched_decode_cuda(p, fixed_split, workspace.at<void>(), nullptr);
   } else {
     fmd::launch_branched_prefill_cuda(p, nullptr);
   }
@@ -105,6 +119,7 @@ void attention(bool decode) {
 }
 
 void append(bool rope) {
+  select(rope ? "rope_append_" : "append_");
   fmd::RopeAppendParams r{};
   fmd::AppendParams& p = r.append;
   p.dtype = static_cast<fmd::DType>(number());
@@ -130,6 +145,16 @@ void append(bool rope) {
   p.v_stride_head = number();
   const Array slots = Array::read();
   p.slots = slots.at<int64_t>();
+  const int64_t distance = number();  // of the pools' heads, in elements; 0: as they are
+  const int64_t bytes = fmd::bytes_of(p.dtype), head_bytes = p.num_slots * p.head_dim * bytes;
+  std::unique_ptr<FarHeads> far_k, far_v;
+  if (distance > 0) {
+    far_k = std::make_unique<FarHeads>(p.k_pool, head_bytes, p.num_kv_heads, distance * bytes);
+    far_v = std::make_unique<FarHeads>(p.v_pool, head_bytes, p.num_kv_heads, distance * bytes);
+    p.k_pool = far_k->data();
+    p.v_pool = far_v->data();
+    p.k_pool_stride_head = p.v_pool_stride_head = distance;
+  }
   if (rope) {
     r.num_qo_heads = number();
     r.angle_dtype = static_cast<fmd::DType>(number());
@@ -151,6 +176,10 @@ void append(bool rope) {
     q_out.write();
   } else {
     fmd::launch_append_cuda(p, nullptr);
+  }
+  if (distance > 0) {
+    far_k->copy_back(k_pool.at<void>(), head_bytes, p.num_kv_heads, distance * bytes);
+    far_v->copy_back(v_pool.at<void>(), head_bytes, p.num_kv_heads, distance * bytes);
   }
   k_pool.write();
   v_pool.write();
@@ -205,6 +234,9 @@ int main() try {
         break;
       case 7:
         fragments(number());
+        break;
+      case 8:
+        faulty_grids(number());
         break;
       default:
         throw std::runtime_error("driver: unknown call");

@@ -59,6 +59,7 @@ class Array {
 // Small kernels, in small_kernels.cpp.
 void faulty(int64_t which);
 void faulty_sm90(int64_t which);
+void faulty_grids(int64_t which);
 void fragments(int64_t which);
 
 }  // namespace driver

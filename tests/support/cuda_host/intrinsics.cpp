@@ -1,4 +1,4 @@
-// Runs grids on the CPU: the scheduler of fibers, and what the lanes of a warp do together.
+// Runs grids on the CPU: the scheduler of fibers.
 #include "cuda/device/intrinsics.h"
 
 #include <algorithm>
@@ -8,11 +8,12 @@
 #include <string>
 
 #include "cuda_host/fiber.h"
+#include "cuda_host/grid.h"
 
 namespace fmd::cuda::host {
 namespace {
 
-enum class Waiting { kNot, kForWarp, kForBlock, kForGroup, kForMbarrier, kEnded };
+enum class Waiting { kNot, kForWarp, kForBlock, kForGroup, kForMbarrier, kForKernelAhead, kEnded };
 
 // What a warp waits for beside Waiting: the id and threads of a group's barrier, or an mbarrier and a parity.
 struct Awaited {
@@ -34,18 +35,35 @@ struct Lane {
   Awaited awaited;
 };
 
+// The last copy into 16 bytes of shared memory.
+struct Written {
+  int64_t at = 0;
+  int thread = -1;
+};
+
 struct Block {
   const char* name = "";
   int64_t index = 0;
   unsigned char* shared_memory = nullptr;
   int shared_bytes = 0;
   const std::function<void()>* kernel = nullptr;
+  int64_t time = 0;
+  std::vector<Written> written;  // [shared_bytes / 16]
+  std::vector<int> tracking;     // threads with tracked copies, once per arrival
+  bool is_behind = false;        // launched by launch_behind()
+  bool has_waited = false;       // for the kernel ahead
+  int arrived[16] = {};          // [id of a group's barrier]: threads that do not wait there
 };
 
 Settings the_settings;
 Block block;
 Lane* lane = nullptr;
 std::vector<std::unique_ptr<Lane>> lanes;
+std::function<void()> kernel_ahead;  // that has not run yet
+bool blocks_behind_are_allowed = false;
+
+// Runs the kernel ahead, if it has not run, while a block waits for it.
+void run_kernel_ahead();
 
 // A small generator of its own, so that a seed means the same everywhere.
 class Shuffle {
@@ -98,6 +116,7 @@ Waiting step_warp(int first, std::vector<int>& order, Shuffle& shuffle) {
       fail("lanes of a warp wait at different barriers");
     }
     if (other.waiting == Waiting::kEnded) {
+      if (!other.thread.tracked.empty()) fail("a thread ends with copies under way");
       for (const auto& group : other.thread.groups) {
         if (!group.empty()) fail("a thread ends with copies under way");
       }
@@ -111,8 +130,14 @@ Waiting step_warp(int first, std::vector<int>& order, Shuffle& shuffle) {
 void run_block(int threads) {
   Shuffle shuffle(the_settings.seed, block.index);
   const int num_warps = threads / kWarpSize;
+  block.time = 0;
+  block.written.assign(block.shared_bytes / 16 + 1, Written{});
+  block.tracking.clear();
+  std::fill(std::begin(block.arrived), std::end(block.arrived), 0);
   for (int i = 0; i < threads; ++i) {
-    lanes[i]->thread = Thread{i, {{}}, {}, false};
+    lanes[i]->thread = Thread{};
+    lanes[i]->thread.index = i;
+    lanes[i]->thread.groups.emplace_back();
     lanes[i]->awaited = {};
     lanes[i]->waiting = Waiting::kNot;
     lanes[i]->fiber.start(run_lane, nullptr);
@@ -126,9 +151,17 @@ void run_block(int threads) {
     for (int warp = 0; warp < num_warps; ++warp) {
       if (warps[warp] == Waiting::kForGroup && lanes[warp * kWarpSize]->awaited == awaited) count += kWarpSize;
     }
-    return count == awaited.count;
+    return count + block.arrived[awaited.id] == awaited.count;
+  };
+  // Copies that an mbarrier tracks: in one order of four as late as can be, in the others at any time.
+  const bool late = the_settings.seed % 4 == 0;
+  const auto complete_one = [&] {
+    complete_tracked(lanes[block.tracking[shuffle.below(static_cast<int>(block.tracking.size()))]]->thread);
   };
   for (;;) {
+    if (!late) {
+      for (int count = shuffle.below(64); count > 0 && !block.tracking.empty(); --count) complete_one();
+    }
     ready.clear();
     for (int warp = 0; warp < num_warps; ++warp) {
       const Awaited awaited = lanes[warp * kWarpSize]->awaited;
@@ -138,6 +171,7 @@ void run_block(int threads) {
             warps[other] = Waiting::kNot;
           }
         }
+        block.arrived[awaited.id] = 0;
       }
       if (warps[warp] == Waiting::kForMbarrier &&
           awaited.is_over(static_cast<const uint64_t*>(awaited.barrier), awaited.count)) {
@@ -145,16 +179,35 @@ void run_block(int threads) {
       }
       if (warps[warp] == Waiting::kNot || warps[warp] == Waiting::kForWarp) ready.push_back(warp);
     }
+    if (ready.empty() && !block.tracking.empty()) {
+      complete_one();
+      continue;
+    }
     if (ready.empty()) {
-      // All that have not ended stand at the barrier.
-      bool ended = true;
+      // All that have not ended stand at the same barrier.
+      Waiting common = Waiting::kEnded;
       for (Waiting& warp : warps) {
         if (warp == Waiting::kEnded) continue;
-        if (warp != Waiting::kForBlock) fail("all warps wait, some for what nobody is left to bring");
-        warp = Waiting::kNot;
-        ended = false;
+        if (warp != Waiting::kForBlock && warp != Waiting::kForKernelAhead) {
+          fail("all warps wait, some for what nobody is left to bring");
+        }
+        if (common != Waiting::kEnded && warp != common) fail("some warps wait for the block, some for a kernel");
+        common = warp;
       }
-      if (ended) return;
+      if (common == Waiting::kForKernelAhead) {
+        run_kernel_ahead();
+        block.has_waited = true;
+      }
+      if (common == Waiting::kEnded) {
+        if (block.is_behind && !block.has_waited) fail("a block ends without having waited for the kernel ahead");
+        for (const int arrived : block.arrived) {
+          if (arrived != 0) fail("a block ends with arrivals at a group's barrier that nobody has waited for");
+        }
+        return;
+      }
+      for (Waiting& warp : warps) {
+        if (warp != Waiting::kEnded) warp = Waiting::kNot;
+      }
       continue;
     }
     const int warp = ready[shuffle.below(static_cast<int>(ready.size()))];
@@ -179,10 +232,59 @@ void fail(const char* what) {
   std::abort();
 }
 
-void wait_at_group_barrier(int id, int threads) {
+int64_t tick() { return ++block.time; }
+
+namespace {
+
+void bring(const PendingCopy& copy, int thread) {
+  copy.from == nullptr ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
+  const auto place = static_cast<const unsigned char*>(copy.to) - block.shared_memory;
+  block.written[place / 16] = {tick(), thread};
+}
+
+void check_group(int id, int threads) {
   if (id < 1 || id > 15 || threads < kWarpSize || threads % kWarpSize != 0) {
     fail("group_barrier: accepted are ids 1 to 15 and whole warps");
   }
+}
+
+}  // namespace
+
+void deliver(Thread& thread) {
+  for (const PendingCopy& copy : thread.waited_for) bring(copy, thread.index);
+  thread.waited_for.clear();
+}
+
+void track_copies(uint64_t* barrier, void (*arrive)(uint64_t* barrier)) {
+  Thread& thread = current_thread();
+  TrackedCopies tracked{{}, barrier, arrive};
+  for (auto& group : thread.groups) {
+    tracked.copies.insert(tracked.copies.end(), group.begin(), group.end());
+    group.clear();
+  }
+  thread.tracked.push_back(std::move(tracked));
+  block.tracking.push_back(thread.index);
+}
+
+void complete_tracked(Thread& thread) {
+  for (const PendingCopy& copy : thread.tracked.front().copies) bring(copy, thread.index);
+  thread.tracked.front().arrive(thread.tracked.front().barrier);
+  thread.tracked.pop_front();
+  block.tracking.erase(std::find(block.tracking.begin(), block.tracking.end(), thread.index));
+}
+
+bool is_in_async_proxy(uint64_t place, int64_t fenced_at) {
+  const Written& written = block.written[place / 16];
+  return written.at <= fenced_at || written.at <= lanes[written.thread]->thread.proxy_fenced_at;
+}
+
+void arrive_at_group_barrier(int id, int threads) {
+  check_group(id, threads);
+  if (++block.arrived[id] >= threads) fail("group_barrier_arrive: nobody is left to wait");
+}
+
+void wait_at_group_barrier(int id, int threads) {
+  check_group(id, threads);
   lane->awaited = {nullptr, id, threads, nullptr};
   lane->waiting = Waiting::kForGroup;
   lane->fiber.suspend();
@@ -208,14 +310,23 @@ void meet(void (*execute)(Operands), void* operands) {
   lane->fiber.suspend();
 }
 
-void run(const char* name, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+namespace {
+
+void run_grid(const char* name, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel,
+              bool is_behind) {
+  block = Block{};
   block.name = name;
+  block.is_behind = is_behind;
   if (threads < kWarpSize || threads > 1024 || threads % kWarpSize != 0) fail("accepted are 32, 64 … 1024 threads");
   if (blocks < 1 || blocks > std::numeric_limits<int32_t>::max()) fail("accepted are 1 to 2^31 - 1 blocks");
   if (shared_bytes > 227 * 1024) fail("more shared memory than a block can have");
   while (lanes.size() < static_cast<size_t>(threads)) lanes.push_back(std::make_unique<Lane>());
   block.kernel = &kernel;
-  for (block.index = 0; block.index < blocks; ++block.index) {
+  // Of a kernel behind another, another block comes first with another seed.
+  const int64_t first = is_behind ? static_cast<int64_t>(the_settings.seed % static_cast<uint64_t>(blocks)) : 0;
+  for (int64_t i = 0; i < blocks; ++i) {
+    block.index = (first + i) % blocks;
+    block.has_waited = false;
     // Not aligned_alloc: it may round the size up, and the first byte beyond must be out of bounds.
     void* memory = nullptr;
     if (posix_memalign(&memory, 1024, static_cast<size_t>(shared_bytes)) != 0) fail("no memory");
@@ -228,128 +339,45 @@ void run(const char* name, int64_t blocks, int threads, int shared_bytes, const 
   lane = nullptr;
 }
 
-namespace {
-
-// Row r of a warp's 8x8 matrix m comes from lane 8 m + r. The eight rows of a matrix are read at once: they must lie in
-// different banks (groups of 16 bytes, eight of them).
-void gather_matrices(Operands operands, uint16_t (&matrices)[4][8][8]) {
-  for (int m = 0; m < 4; ++m) {
-    unsigned banks = 0;
-    for (int r = 0; r < 8; ++r) {
-      const auto* operand = static_cast<const MatrixOperands*>(operands[8 * m + r]);
-      std::memcpy(matrices[m][r], operand->row, 16);
-      banks |= 1u << (reinterpret_cast<uintptr_t>(operand->row) / 16 % 8);
-    }
-    if (banks != 0xff) fail("ldmatrix: rows of a matrix share a bank");
-  }
-}
-
-float element(BFloat16, uint32_t word, int half) {
-  return to_float(BFloat16{static_cast<uint16_t>(word >> (16 * half))});
-}
-float element(Float16, uint32_t word, int half) {
-  return to_float(Float16{static_cast<uint16_t>(word >> (16 * half))});
-}
-
-// Products are exact in fp32; the sum over k runs in order, which hardware does not promise.
-template <typename T>
-void multiply_add_all(Operands operands) {
-  float a[16][16], b[16][8];
-  for (int l = 0; l < kWarpSize; ++l) {
-    const auto* mine = static_cast<const MultiplyOperands*>(operands[l]);
-    const int row = l / 4, pair = l % 4 * 2;
-    for (int half = 0; half < 2; ++half) {
-      a[row][pair + half] = element(T{}, mine->a[0], half);
-      a[row + 8][pair + half] = element(T{}, mine->a[1], half);
-      a[row][pair + 8 + half] = element(T{}, mine->a[2], half);
-      a[row + 8][pair + 8 + half] = element(T{}, mine->a[3], half);
-      b[pair + half][row] = element(T{}, mine->b[0], half);
-      b[pair + 8 + half][row] = element(T{}, mine->b[1], half);
-    }
-  }
-  float sums[16][8] = {};
-  for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      for (int j = 0; j < 8; ++j) sums[i][j] += a[i][k] * b[k][j];
-    }
-  }
-  for (int l = 0; l < kWarpSize; ++l) {
-    const auto* mine = static_cast<const MultiplyOperands*>(operands[l]);
-    for (int i = 0; i < 4; ++i) mine->c[i] += sums[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
-  }
+void run_kernel_ahead() {
+  if (kernel_ahead == nullptr) return;
+  const std::function<void()> run_ahead = std::move(kernel_ahead);
+  kernel_ahead = nullptr;
+  // The waiting block's threads stay as they are: other ones run the kernel ahead.
+  Block waiting = std::move(block);
+  std::vector<std::unique_ptr<Lane>> waiting_lanes = std::move(lanes);
+  lanes.clear();
+  run_ahead();
+  if (!blocks_behind_are_allowed) fail("no block of the kernel ahead allows those behind it");
+  block = std::move(waiting);
+  lanes = std::move(waiting_lanes);
 }
 
 }  // namespace
 
-void load_matrices(Operands operands) {
-  uint16_t matrices[4][8][8];
-  gather_matrices(operands, matrices);
-  for (int l = 0; l < kWarpSize; ++l) {
-    uint32_t* words = static_cast<const MatrixOperands*>(operands[l])->words;
-    for (int m = 0; m < 4; ++m) std::memcpy(&words[m], &matrices[m][l / 4][l % 4 * 2], 4);
-  }
+void run(const char* name, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  if (kernel_ahead != nullptr) fail("another kernel is launched between one ahead and the one behind it");
+  run_grid(name, blocks, threads, shared_bytes, kernel, false);
 }
 
-void load_matrices_transposed(Operands operands) {
-  uint16_t matrices[4][8][8];
-  gather_matrices(operands, matrices);
-  for (int l = 0; l < kWarpSize; ++l) {
-    uint32_t* words = static_cast<const MatrixOperands*>(operands[l])->words;
-    for (int m = 0; m < 4; ++m) {
-      words[m] = matrices[m][l % 4 * 2][l / 4] | static_cast<uint32_t>(matrices[m][l % 4 * 2 + 1][l / 4]) << 16;
-    }
-  }
+void run_behind(const char* name, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  if (kernel_ahead == nullptr) fail("a kernel is launched behind none");
+  run_grid(name, blocks, threads, shared_bytes, kernel, true);
 }
 
-void multiply_add_bfloat16(Operands operands) { multiply_add_all<BFloat16>(operands); }
-void multiply_add_float16(Operands operands) { multiply_add_all<Float16>(operands); }
-
-void shuffle_xor(Operands operands) {
-  for (int l = 0; l < kWarpSize; ++l) {
-    auto* mine = static_cast<ShuffleOperands*>(operands[l]);
-    if (mine->mask < 0 || mine->mask >= kWarpSize) fail("shuffle: accepted are masks 0 to 31");
-    mine->result = static_cast<const ShuffleOperands*>(operands[l ^ mine->mask])->value;
-  }
+void keep_ahead(std::function<void()> run_ahead) {
+  if (kernel_ahead != nullptr) fail("two kernels are launched ahead");
+  blocks_behind_are_allowed = false;
+  kernel_ahead = std::move(run_ahead);
 }
 
-void warp_barrier(Operands) {}
+void allow_blocks_behind() { blocks_behind_are_allowed = true; }
 
-float float16_to_float(uint16_t bits) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(65536);
-    for (int i = 0; i < 65536; ++i) {
-      const int exponent = i >> 10 & 31, fraction = i & 1023;
-      float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                  : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-      if (exponent == 31) {
-        value = fraction == 0 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
-      }
-      values[i] = i >> 15 ? -value : value;
-    }
-    return values;
-  }();
-  return table[bits];
-}
-
-uint16_t float_to_float16(float value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const float magnitude = std::fabs(value);
-  if (std::isnan(value)) return 0x7fff;
-  if (magnitude >= 65520.0f) return sign | 0x7c00;
-  // In units of the last place, which nearbyint rounds to even: 2^-24 below 2^-14, else 2^-10 of the power below.
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);
-  const int unit = magnitude == 0.0f ? -24 : std::max(exponent - 11, -24);
-  const auto count = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -unit)));
-  if (unit == -24) return static_cast<uint16_t>(sign | count);  // 1024 is the smallest normal number: bits fit
-  return static_cast<uint16_t>(sign | (((unit + 24) << 10) + count));
-}
-
-uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (std::isnan(value)) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+void wait_for_kernel_ahead() {
+  if (!block.is_behind) fail("there is no kernel ahead to wait for");
+  lane->awaited = {};
+  lane->waiting = Waiting::kForKernelAhead;
+  lane->fiber.suspend();
 }
 
 }  // namespace fmd::cuda::host

@@ -5,7 +5,8 @@
 // - shared memory is an allocation of exactly the launch's size, filled with NaN, so that AddressSanitizer and the
 //   results show a read or write outside it, or before it is written;
 // - an asynchronous copy fills its target with NaN when it is issued (it may overwrite what others still read) and
-//   delivers only at the barrier after its wait (it may be late);
+//   delivers only at the barrier after its wait (it may be late), or, where an mbarrier tracks it, at any time up to
+//   the one at which nothing else could go on;
 // - the order of lanes and warps is shuffled by a seed, so that a missing barrier changes results;
 // - lanes of a warp that meet in different operations, misaligned addresses and bank conflicts are errors.
 #pragma once
@@ -13,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <vector>
@@ -38,11 +40,20 @@ struct PendingCopy {
   const void* from;  // null: zeros
 };
 
+// Copies whose completion is an arrival at an mbarrier.
+struct TrackedCopies {
+  std::vector<PendingCopy> copies;
+  uint64_t* barrier;
+  void (*arrive)(uint64_t* barrier);
+};
+
 struct Thread {
   int index = 0;
   std::vector<std::vector<PendingCopy>> groups;  // oldest first; the last one is not committed yet
   std::vector<PendingCopy> waited_for;           // delivered at the next barrier
+  std::deque<TrackedCopies> tracked;             // oldest first; delivered when the scheduler decides
   bool wgmma_fenced = false;                     // since the last wait
+  int64_t proxy_fenced_at = 0;                   // time of the last async_proxy_fence()
 };
 
 Thread& current_thread();
@@ -53,8 +64,9 @@ int current_shared_bytes();
 [[noreturn]] void fail(const char* what);
 
 void wait_at_block_barrier();
-// Of `threads` threads that name the same id.
+// Of `threads` threads that name the same id, of which some may only arrive.
 void wait_at_group_barrier(int id, int threads);
+void arrive_at_group_barrier(int id, int threads);
 // Until is_over(barrier, parity). A block in which nobody goes on is an error.
 void wait_at_mbarrier(const uint64_t* barrier, int parity, bool (*is_over)(const uint64_t* barrier, int parity));
 
@@ -62,12 +74,18 @@ void wait_at_mbarrier(const uint64_t* barrier, int parity, bool (*is_over)(const
 using Operands = void* const (&)[32];
 void meet(void (*execute)(Operands operands), void* operands);
 
-inline void deliver(Thread& thread) {
-  for (const PendingCopy& copy : thread.waited_for) {
-    copy.from == nullptr ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
-  }
-  thread.waited_for.clear();
-}
+// What the thread has waited for is there.
+void deliver(Thread& thread);
+// All uncompleted copies of this thread, from now on tracked by an mbarrier.
+void track_copies(uint64_t* barrier, void (*arrive)(uint64_t* barrier));
+// The oldest tracked copies of a thread are there, and arrive.
+void complete_tracked(Thread& thread);
+
+// Time in the block, for the order of copies' deliveries and proxy fences; and whether what lies at `place` of shared
+// memory counts for the asynchronous proxy of a thread that fenced at `fenced_at`: no copy brought it, or the reader or
+// the copying thread has fenced since.
+int64_t tick();
+bool is_in_async_proxy(uint64_t place, int64_t fenced_at);
 
 void run(const char* name, int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 
@@ -103,11 +121,14 @@ inline void require_aligned(const void* pointer, unsigned bytes) {
 }
 
 // Reads all 16 bytes here, where AddressSanitizer names the kernel's line.
-inline const unsigned char* matrix_row(uintptr_t address) {
-  const auto* row = reinterpret_cast<const unsigned char*>(address);
+inline const unsigned char* readable_16(const void* pointer) {
+  const auto* row = static_cast<const unsigned char*>(pointer);
   require_aligned(row, 16);
   for (int i = 0; i < 16; ++i) static_cast<void>(*static_cast<const volatile unsigned char*>(row + i));
   return row;
+}
+inline const unsigned char* matrix_row(uintptr_t address) {
+  return readable_16(reinterpret_cast<const void*>(address));
 }
 
 }  // namespace host
@@ -137,7 +158,7 @@ inline float shuffle_xor(float value, int mask) {
 
 inline void copy_async_16(void* to, const void* from, bool valid) {
   host::require_aligned(to, 16);
-  if (valid) host::require_aligned(from, 16);
+  if (valid) host::readable_16(from);
   std::memset(to, 0xff, 16);
   host::current_thread().groups.back().push_back({to, valid ? from : nullptr});
 }
@@ -145,6 +166,7 @@ inline void copy_async_commit() { host::current_thread().groups.emplace_back(); 
 template <int kPendingGroups>
 void copy_async_wait() {
   host::Thread& thread = host::current_thread();
+  while (kPendingGroups == 0 && !thread.tracked.empty()) host::complete_tracked(thread);
   while (thread.groups.size() > kPendingGroups + 1) {
     const auto& oldest = thread.groups.front();
     thread.waited_for.insert(thread.waited_for.end(), oldest.begin(), oldest.end());

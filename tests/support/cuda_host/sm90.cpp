@@ -1,6 +1,7 @@
 // What sm_90a's operations do on the CPU: mbarriers, and wgmma over descriptors.
 #include "cuda_host/sm90.h"
 
+#include <algorithm>
 #include <deque>
 #include <map>
 
@@ -63,8 +64,9 @@ int current_warp() { return current_thread().index / kWarpSize; }
 // dimension goes on leading bytes further on every 64 elements.
 struct Matrix {
   uint64_t start, leading, stride;
+  int64_t proxy_fenced_at;  // of the reader
 
-  explicit Matrix(uint64_t descriptor) {
+  Matrix(uint64_t descriptor, int64_t fenced_at) : proxy_fenced_at(fenced_at) {
     const auto field = [&](int bit) { return (descriptor >> bit & 0x3fff) << 4; };
     start = field(0);
     leading = field(16);
@@ -81,6 +83,7 @@ struct Matrix {
     uint64_t place = first + contiguous / 64 * leading + contiguous % 64 * 2 + row / 8 * stride + row % 8 * 128;
     place ^= (place >> 7 & 7) << 4;
     if (place + 2 > static_cast<uint64_t>(current_shared_bytes())) fail("wgmma: a descriptor leaves shared memory");
+    if (!is_in_async_proxy(place, proxy_fenced_at)) return 0xffff;
     uint16_t bits;
     std::memcpy(&bits, reinterpret_cast<const void*>(memory + place), sizeof(bits));
     return bits;
@@ -96,13 +99,15 @@ float widen(bool is_bfloat16, uint32_t bits) {
 void compute(Operation& operation) {
   const WgmmaOperands& all = operation.lanes[0];
   const bool is_bfloat16 = all.is_bfloat16;
+  int64_t fenced_at = all.proxy_fenced_at;  // by all lanes
+  for (const WgmmaOperands& lane : operation.lanes) fenced_at = std::min(fenced_at, lane.proxy_fenced_at);
   float a[16][kK];
   static float b[kK][256];
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < kK; ++k) {
       uint32_t bits;
       if (all.a_words == nullptr) {
-        bits = Matrix(all.a).element(k, current_warp() % 4 * 16 + row);
+        bits = Matrix(all.a, fenced_at).element(k, current_warp() % 4 * 16 + row);
       } else {
         const int lane = row % 8 * 4 + k % 8 / 2, word = row / 8 + k / 8 * 2;
         bits = operation.lanes[lane].a_words[word] >> (k % 2 * 16);
@@ -110,7 +115,7 @@ void compute(Operation& operation) {
       a[row][k] = widen(is_bfloat16, bits);
     }
   }
-  const Matrix matrix(all.b);
+  const Matrix matrix(all.b, fenced_at);
   for (int k = 0; k < kK; ++k) {
     for (int n = 0; n < all.n; ++n) {
       b[k][n] = widen(is_bfloat16, all.a_words == nullptr ? matrix.element(k, n) : matrix.element(n, k));

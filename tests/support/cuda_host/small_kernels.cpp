@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cuda/attention_tile.cuh"
+#include "cuda/device/grid.h"
 #include "cuda/device/sm90.h"
 #include "cuda_host/driver.h"
 
@@ -81,7 +82,8 @@ void run_faulty(int64_t which) {
 constexpr int kSm90Rounds = 6, kSlotElements = 16 * kPanelDims;
 
 // Two warpgroups: one copies 16 rows of 64 numbers, all 2^round, into one of two slots in each round, the other sums
-// them up with wgmma.
+// them up with wgmma. From kTrackedNone on the copies themselves arrive, and the reader fences; before that the copying
+// threads wait, fence and arrive.
 enum Sm90Fault : int64_t {
   kSm90None,
   kNotInitialised,
@@ -95,6 +97,13 @@ enum Sm90Fault : int64_t {
   kReadBeforeWait,
   kTouchedOperand,
   kMissingGroupBarrier,
+  kTrackedNone,
+  kMissingReaderFence,
+  kReaderFenceBeforeWait,
+  kPlainArrival,
+  kArrivalBeforeCopies,
+  kUnfinishedTrackedCopy,
+  kMissingEmptyWaitOfTracked,
   kNumSm90Faults,
 };
 
@@ -112,24 +121,36 @@ faulty_sm90_kernel(const BFloat16* numbers, float* result) {
     }
   }
   block_barrier();
+  constexpr bool kTracked = kFault >= kTrackedNone;
   const int thread = thread_index() % kWarpgroupSize;
   if (thread_index() < kWarpgroupSize) {
     for (int round = 0; round < kSm90Rounds; ++round) {
-      if (kFault != kMissingEmptyWait) mbarrier_wait(&empty[round % 2], (round / 2 + 1) % 2);
+      if (kFault != kMissingEmptyWait && kFault != kMissingEmptyWaitOfTracked) {
+        mbarrier_wait(&empty[round % 2], (round / 2 + 1) % 2);
+      }
+      if (kFault == kArrivalBeforeCopies) copy_async_arrive(&full[round % 2]);
       BFloat16* to = slots + round % 2 * kSlotElements + swizzled<kPanelDims>(thread / 8, thread % 8);
       copy_async_16(to, numbers + round * kSlotElements + thread * kVecElements, true);
+      if (kTracked) {
+        if (kFault == kPlainArrival) mbarrier_arrive(&full[round % 2]);
+        if (kFault != kPlainArrival && kFault != kArrivalBeforeCopies) copy_async_arrive(&full[round % 2]);
+        continue;
+      }
       copy_async_commit();
       if (kFault != kMissingCopyWait) copy_async_wait<0>();
       if (kFault != kMissingProxyFence) async_proxy_fence();
       if (kFault != kMissingArrival || round + 1 < kSm90Rounds) mbarrier_arrive(&full[round % 2]);
     }
-    copy_async_wait<0>();
+    copy_async_commit();
+    if (kFault != kUnfinishedTrackedCopy) copy_async_wait<0>();
     return;
   }
   float d[32] = {}, early = 1.0f;
   for (int round = 0; round < kSm90Rounds; ++round) {
     uint32_t a[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+    if (kFault == kReaderFenceBeforeWait) async_proxy_fence();
     if (kFault != kMissingFullWait) mbarrier_wait(&full[round % 2], round / 2 % 2);
+    if (kTracked && kFault != kMissingReaderFence && kFault != kReaderFenceBeforeWait) async_proxy_fence();
     if (kFault != kMissingWgmmaFence) wgmma_fence();
     const SharedAddress slot = shared_address(slots + round % 2 * kSlotElements);
     wgmma_registers<BFloat16, 64>(d, a, matrix_descriptor(slot, 0, kAtomBytes));
@@ -162,6 +183,44 @@ void run_faulty_sm90(int64_t which) {
     }
     launch("faulty_sm90", faulty_sm90_kernel<kFault>, 1, 256, 2 * 16 * kPanelDims * 2 + 4 * 8 + 128 * 4, nullptr,
            numbers.at<const BFloat16>(), result.at<float>());
+    result.write();
+  } else {
+    throw std::runtime_error("driver: unknown fault");
+  }
+}
+
+// Two kernels: four blocks that each write a number, and four behind them that each add all numbers up.
+enum GridFault : int64_t { kGridNone, kMissingKernelWait, kReadBeforeKernelWait, kWaitOfSomeThreads, kNothingAllowed };
+
+template <int64_t kFault>
+FMD_KERNEL(kWarpSize, 1)
+ahead_kernel(float* numbers) {
+  if (kFault != kNothingAllowed) allow_blocks_behind();
+  if (thread_index() == 0) numbers[block_index()] = 0.25f;
+}
+
+template <int64_t kFault>
+FMD_KERNEL(2 * kWarpSize, 1)
+behind_kernel(const float* numbers, float* result) {
+  const float early = numbers[block_index()];
+  if (kFault != kMissingKernelWait && (kFault != kWaitOfSomeThreads || thread_index() < kWarpSize)) {
+    wait_for_kernel_ahead();
+  }
+  float sum = kFault == kReadBeforeKernelWait ? early - 0.25f : 0.0f;
+  for (int i = 0; i < 4; ++i) sum += numbers[i];
+  if (thread_index() < 8) result[block_index() * 8 + thread_index()] = sum;
+  if (kFault == kWaitOfSomeThreads) block_barrier();
+}
+
+template <int64_t kFault>
+void run_faulty_grids(int64_t which) {
+  if constexpr (kFault <= kNothingAllowed) {
+    if (which != kFault) return run_faulty_grids<kFault + 1>(which);
+    const Array numbers(4 * sizeof(float)), result(32 * sizeof(float));
+    for (int i = 0; i < 4; ++i) numbers.at<float>()[i] = -1.0f;
+    launch_ahead("ahead", ahead_kernel<kFault>, 4, kWarpSize, 0, nullptr, numbers.at<float>());
+    launch_behind("behind", behind_kernel<kFault>, 4, 2 * kWarpSize, 0, nullptr, numbers.at<const float>(),
+                  result.at<float>());
     result.write();
   } else {
     throw std::runtime_error("driver: unknown fault");
@@ -238,6 +297,8 @@ fragment_kernel(const FragmentParams params) {
 void faulty(int64_t which) { run_faulty<0>(which); }
 
 void faulty_sm90(int64_t which) { run_faulty_sm90<0>(which); }
+
+void faulty_grids(int64_t which) { run_faulty_grids<0>(which); }
 
 void fragments(int64_t which) {
   FragmentParams params{};
