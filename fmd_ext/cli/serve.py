@@ -21,10 +21,11 @@ from fmd_ext.config import FILE_KEY, FMDConfig
 from fmd_ext.inputs.chat import SMALLEST_FRAME
 from fmd_ext.serve import ARCHITECTURES, environment
 from fmd_ext.serve.folder import is_thinker, write_full_model
+from fmd_ext.serve.settings import refuse_unservable
 
 BUILT_IN = "built-in"
 # vLLM's own flags that this command writes; given twice, the last one would win in silence.
-_OURS = ("--hf-overrides", "--additional-config")
+_OURS = ("--model", "--hf-overrides", "--additional-config")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +49,8 @@ def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str
         more: flags for vLLM.
 
     Raises:
-        UserError: no such folder, a model that is not supported, or a flag in ``more`` that this command writes.
+        UserError: no such folder, a model that is not supported, a setting that cannot be served, or a flag in ``more``
+            that this command writes.
     """
     more = [flag for flag in more if flag != "--"]
     for flag in more:
@@ -72,6 +74,12 @@ def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str
         raise UserError(
             f"model {source} is a {architecture}; fork-merge decoding serves {' and '.join(sorted(ARCHITECTURES))}"
         )
+    # vLLM checks them again, behind its imports and among its messages.
+    layers = loaded.get("thinker_config", {}).get("text_config", {}).get("num_hidden_layers")
+    with blaming_input(ValueError):
+        refuse_unservable(config)
+        if layers is not None:
+            config.resolve(FMDConfig(), layers)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     flags["--hf-overrides"] = {"architectures": [ARCHITECTURES[architecture][0]]}
     flags["--additional-config"] = {FILE_KEY: settings}

@@ -62,7 +62,11 @@ def test_a_thinker_is_written_out_once(printed):
         (("/tmp/no-such-model",), "model /tmp/no-such-model: there is no such folder"),
         (("built-in", "--hf-overrides", "{}"), "--hf-overrides is written by this command"),
         (("built-in", "--additional-config={}"), "--additional-config is written by this command"),
+        (("built-in", "--model", "another"), "--model is written by this command"),
         (("built-in", "--alpha", "2"), "alpha must be in [0, 1], got 2.0"),
+        (("built-in", "--alpha", "auto"), "alpha='auto' is chosen per prompt and cannot be served; give a number"),
+        (("built-in", "--masking", "attention"), "masking='attention' cannot be served"),
+        (("built-in", "--fork-layers", "7"), "fork_layers=7 is out of range: the decoder has 6 layers"),
     ],
 )
 def test_wrong_input_is_one_line(printed, args, says):
