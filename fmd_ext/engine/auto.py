@@ -15,7 +15,8 @@ import torch
 from fmd_ext import ops
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.engine.call import Call
-from fmd_ext.engine.plan import PackedArrays, Plan
+from fmd_ext.engine.packed_arrays import PackedArrays
+from fmd_ext.engine.plan import Plan
 from fmd_ext.labels import AUDIO, JOINT, VISUAL
 
 # Labels of the keys that count as visual and as audio.
