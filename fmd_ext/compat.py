@@ -142,6 +142,10 @@ def attention_function(module: Any) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
 
 
+# The argument by which `generate` tells a forward how many last positions' logits it reads, and the method of a model
+# that says whether its forward takes it. 5.17 to 5.24.
+KEPT_LOGITS, SUPPORTS_KEPT_LOGITS = "logits_to_keep", "_supports_logits_to_keep"
+
 # What the name of an attention function contains that is given all windows of an encoder at once, as `cu_seq_lens_q`;
 # any other function is called window by window. 5.17 to 5.24: Qwen2.5-Omni, Qwen3-Omni, Qwen2.5-VL.
 TAKES_WINDOWS = "flash"

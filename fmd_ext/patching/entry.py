@@ -17,6 +17,7 @@ from fmd_ext.engine.prompt import Prompt, check_labels, covering
 from fmd_ext.engine.routes import Routes
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import TEXT
+from fmd_ext.patching.fusions.kept_logits import KeptLogits
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
@@ -39,8 +40,10 @@ class _Entry:
         read_labels: LabelReader | None,
         asking: Asking | None = None,
         branch_inputs: str = "",
+        kept: KeptLogits | None = None,
     ) -> None:
         self.session = session
+        self.kept = KeptLogits() if kept is None else kept
         self.read_labels = read_labels
         self.asking = asking
         self.branch_inputs = branch_inputs
@@ -71,6 +74,12 @@ class EntryForward(_Entry):
 
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        with self.kept.of(kwargs):
+            return self._run(module, args, kwargs, modality_labels, branch_embeds)
+
+    def _run(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], modality_labels: Any, branch_embeds: Any
     ) -> Any:
         session = self.session
         if not session.config.fork_layers or session.call is not None:  # a static step brings its call
