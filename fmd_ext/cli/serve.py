@@ -24,6 +24,7 @@ from fmd_ext.serve.folder import is_thinker, write_full_model
 from fmd_ext.serve.settings import refuse_unservable
 
 BUILT_IN = "built-in"
+BUILT_IN_CACHE = 256 * 2**20  # bytes, of more than 100,000 tokens; by itself vLLM takes most of a machine's memory
 # vLLM's own flags that this command writes; given twice, the last one would win in silence.
 _OURS = ("--model", "--hf-overrides", "--additional-config")
 
@@ -63,6 +64,7 @@ def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str
         given = {name: value for name, value in vars(config).items() if value is not None}
         config = own.replace(**given)
         flags["--served-model-name"] = "fmd-ext"
+        flags["--kv-cache-memory-bytes"] = str(BUILT_IN_CACHE)
     if is_path(source) and not Path(source).is_dir():
         raise UserError(f"model {source}: there is no such folder")
     if is_thinker(source):

@@ -54,6 +54,13 @@ def test_a_thinker_is_written_out_once(printed):
     assert config["model_type"] == "qwen2_5_omni"
     alpha = FMDConfig.from_file(SETTINGS).alpha
     assert f'"alpha": {alpha}' in " ".join(second), "the built-in model comes with settings of its own"
+    assert second[second.index("--kv-cache-memory-bytes") + 1] == "268435456" and "--kv-cache-memory-bytes" not in first
+
+
+def test_a_flag_of_the_user_replaces_the_commands(printed):
+    _, words, _ = printed("built-in", "--kv-cache-memory-bytes", "4096", "--served-model-name", "small")
+    assert words[-4:] == ["--kv-cache-memory-bytes", "4096", "--served-model-name", "small"]
+    assert words.count("--kv-cache-memory-bytes") == words.count("--served-model-name") == 1
 
 
 @pytest.mark.parametrize(
