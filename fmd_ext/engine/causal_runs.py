@@ -8,23 +8,20 @@ later turns, long prefixes) stay with the op; `fmd_ext.ops.dispatch.prefill_path
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmd_ext.engine.packed_arrays import PackedArrays
+from fmd_ext.ops.causal_attention import causal_attention
 
 # Runs may have so many times the query-key pairs of their groups: they compute the prefix once per branch, and padding.
 MOST_PAIRS = 1.4
 # Of a run, on CUDA: shorter ones have not been measured.
 LEAST_ROWS_ON_CUDA = 1024
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
 class _Group(NamedTuple):
@@ -180,19 +177,4 @@ def _attend(batch: _Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Ten
         keys, values = (pool.narrow(1, batch.first_slot, len(slots))[None] for pool in (k, v))
     else:
         keys, values = (pool.index_select(1, slots).unflatten(1, batch.shape).transpose(0, 1) for pool in (k, v))
-    has_backends = _has_backends(q)
-    heads_per_kv = q.shape[1] // k.shape[0]
-    if heads_per_kv > 1 and not has_backends:  # the others would hold a number per head, query and key
-        keys, values = (heads.repeat_interleave(heads_per_kv, dim=1) for heads in (keys, values))
-    with sdpa_kernel(BACKENDS, set_priority=True) if has_backends else contextlib.nullcontext():
-        out = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=has_backends and heads_per_kv > 1
-        )
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _has_backends(q: Tensor) -> bool:
-    """Whether `BACKENDS` take such queries, and fewer key heads than query heads."""
-    if q.device.type != "cuda" or torch.version.hip or q.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return q.shape[2] <= 128 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return causal_attention(queries, keys, values, scale).transpose(1, 2).flatten(0, 1)

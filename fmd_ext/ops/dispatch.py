@@ -132,8 +132,18 @@ def prefill_path(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pat
     key = (device, dtype, head_dim)
     if key not in _found_prefill:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        _found_prefill[key] = decide_prefill(find(device, dtype, head_dim, attention=True), capability)
+        path = decide_prefill(find(device, dtype, head_dim, attention=True), capability)
+        if path.name == "sdpa" and _prefill == "auto" and (failure := _causal_problem(device, dtype, head_dim)):
+            path = Path("op", failure)
+            logger.warning("fmd_ext: on %s branched_prefill runs prompts given at once: %s", device.type, failure)
+        _found_prefill[key] = path
     return _found_prefill[key]
+
+
+def _causal_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    from fmd_ext.ops import causal_attention
+
+    return causal_attention.problem(device, dtype, head_dim)
 
 
 def decide_prefill(path: Path, capability: tuple[int, int]) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fmd_ext
 from attention_cases import Group, make_case
 from fmd_ext import ops
 from fmd_ext.engine import causal_runs
 from fmd_ext.engine.causal_runs import CausalRuns, padded_size
-from fmd_ext.ops import dispatch
+from fmd_ext.ops import causal_attention, dispatch
 from fmd_ext.ops.dispatch import Path, decide_prefill
 from omni_inputs import AUDIO_VIDEO, TEXT_ONLY, VIDEO_AUDIO, build_inputs
 
@@ -153,6 +154,30 @@ def test_which_path():
     assert dispatch.prefill_path(cpu, torch.float32, 64).name == "op"
     with pytest.raises(ValueError, match=r"^unknown path of prefills 'cudnn'; accepted: auto, op, sdpa$"):
         dispatch.select_prefill("cudnn")
+
+
+def none_available(*args, **settings):
+    raise RuntimeError("No available kernel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_trial_comes_first(dtype, monkeypatch, caplog):
+    """Where torch's attention is wrong, or fails, the op runs, with a warning."""
+    cpu, attend = torch.device("cpu"), F.scaled_dot_product_attention
+    assert [causal_attention.problem(cpu, dtype, size) for size in (64, 128)] == ["", ""]
+    wrong = {
+        "differs by": lambda q, k, v, **settings: attend(q, k, v, **{**settings, "is_causal": False}),
+        "failed: No available kernel": none_available,
+    }
+    for said, instead in wrong.items():
+        causal_attention.problem.cache_clear()
+        monkeypatch.setattr(F, "scaled_dot_product_attention", instead)
+        caplog.clear()
+        with dispatch.selected("torch"), caplog.at_level("WARNING"):
+            path = dispatch.prefill_path(cpu, dtype, 64)
+            dispatch.prefill_path(cpu, dtype, 64)
+        assert path.name == "op" and said in path.why and len(caplog.records) == 1
+    causal_attention.problem.cache_clear()
 
 
 @pytest.mark.gpu
