@@ -240,12 +240,14 @@ def _forked_calls(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _decode_runner(report: dict[str, Any]) -> dict[str, Any]:
-    """Whether a patched model's ``generate`` replays CUDA graphs here when nothing else is said, and why."""
-    loaded = any(lib["device"] == "cuda" and lib["loaded"] for lib in report["libraries"])
-    if report["gpus"] and loaded:
-        return {"on_by_default": True, "why": "models on a GPU that fork; handle.runner.last tells it of each call"}
-    lacking = "the CUDA op library is not loaded" if report["gpus"] else "torch sees no CUDA device"
-    return {"on_by_default": False, "why": f"{lacking}; patch(model, runner=True) runs it without graphs"}
+    """Whether a patched model's ``generate`` decodes over static buffers when nothing else is said, and why."""
+    loaded = [lib["device"] for lib in report["libraries"] if lib["loaded"]]
+    if not loaded:
+        return {"on_by_default": False, "why": "it needs fmd_ext's kernels, and none are loaded"}
+    places = "a CPU, without graphs"
+    if report["gpus"] and "cuda" in loaded:
+        places = f"a GPU, by CUDA graphs, and on {places}"
+    return {"on_by_default": True, "why": f"models that fork on {places}; handle.runner.last tells it of each call"}
 
 
 def _one_line(error: Exception) -> str:

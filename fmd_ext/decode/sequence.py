@@ -77,10 +77,10 @@ class StepSequence:
         self.state.crop(undo)
         if self.step is None:
             return
-        if keep_cache:
-            self.state.leave_pools()
-        else:
+        if not keep_cache:
             self.cache.reset()
+        elif self.step.pools is not None:
+            self.state.leave_pools()
         self.store.keep(self.step)
 
     def describe(self) -> str:

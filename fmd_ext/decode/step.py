@@ -87,7 +87,7 @@ class StaticStep:
     """The buffers of a decode step of one shape, and the graph captured over them.
 
     Attributes:
-        pools: by layer, the K and V pools that the step reads and writes.
+        pools: by layer, the K and V pools that the step reads and writes; None: those of the cache that it is run with.
         tokens: [batch, 1] int64, the tokens that the next `run` feeds.
         logits: [batch, vocabulary], what the last `run` gave, in the model's dtype; None before the first.
         positions: [..., batch or 1, 1] int64, those of the next step.
@@ -96,13 +96,13 @@ class StaticStep:
         why_no_graph: the reason for that.
     """
 
-    def __init__(self, model: nn.Module, session: Session, state: BranchedState, tables: tuple) -> None:
+    def __init__(self, model: nn.Module, session: Session, state: BranchedState, tables: tuple | None = None) -> None:
         self.model = model
         self.session = session
         first = state.layers[0].keys
         self.device = first.device
         with torch.inference_mode(False):  # else they could not be changed outside of inference mode
-            self.pools = [_pools_like(layer, tables) for layer in state.layers]
+            self.pools = None if tables is None else [_pools_like(layer, tables) for layer in state.layers]
             self.tokens = torch.zeros((state.batch, 1), dtype=torch.int64, device=self.device)
         self.logits: torch.Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -139,7 +139,7 @@ class StaticStep:
     def run(self, cache: Cache) -> torch.Tensor:
         """Feeds ``tokens`` and advances the buffers by one position; returns `logits`, which the next run overwrites.
 
-        ``cache`` is the one whose keys lie in `pools`.
+        ``cache`` is the one whose keys lie in `pools`, or that the step was made for.
         """
         if self.graph is not None:
             self.graph.replay()

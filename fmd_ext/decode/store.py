@@ -11,10 +11,12 @@ from transformers.cache_utils import Cache
 
 from fmd_ext.decode.fingerprint import fingerprint
 from fmd_ext.decode.step import CaptureSite, StaticStep, StepInputs
+from fmd_ext.engine.cache import BranchedState
+from fmd_ext.engine.call import Call
 from fmd_ext.engine.session import Session
 from fmd_ext.ops import dispatch
 
-# Each kept step holds K and V of its shape's whole context.
+# Captured ones. Each holds K and V of its shape's whole context.
 KEPT_STEPS = 4
 
 
@@ -36,8 +38,17 @@ class StepStore:
         return len(self._steps)
 
     def take(self, model: nn.Module, cache: Cache, inputs: StepInputs, room: int) -> StaticStep:
-        """A loaded step whose pools hold the keys of ``cache``, with room for ``room`` positions or more."""
+        """A loaded step whose pools hold the keys of ``cache``, with room for ``room`` positions or more.
+
+        Without graphs a step runs over the cache's own pools, which nothing has captured: no key moves, and nothing is
+        kept. Its room is that of the cache, at least one position.
+        """
         state = cache.layers[0].state
+        if not StaticStep.has_graphs(state.layers[0].keys.device):
+            call = self._call(state)
+            step = StaticStep(model, self.session, state)
+            step.load(call, inputs)
+            return step
         tables = state.tables_with_room(room)
         # Everything that the launches of a step depend on, except the contents of its buffers.
         key = (
@@ -50,8 +61,7 @@ class StepStore:
         if step.graph is not None:
             self._site_on(step.device).enter()
         state.move(*tables, step.pools)
-        text = np.zeros((state.batch, 1), np.int8)
-        call = self.session.open_call(state.plan_call(text), text, state)
+        call = self._call(state)
         step.load(call, inputs)
         if step.graph is None and not step.why_no_graph:
             step.capture(cache, self._site_on(step.device))
@@ -61,11 +71,18 @@ class StepStore:
 
     def keep(self, step: StaticStep) -> None:
         """Takes a step back, for the next call of its shape."""
+        if step.pools is None:
+            return
         if step.graph is not None:
             self._site_on(step.device).leave()
         self._steps[step.key] = step
         while len(self._steps) > KEPT_STEPS:
             self._steps.popitem(last=False)
+
+    def _call(self, state: BranchedState) -> Call:
+        """The call that adds one text position to every sample."""
+        text = np.zeros((state.batch, 1), np.int8)
+        return self.session.open_call(state.plan_call(text), text, state)
 
     def clear(self) -> None:
         """Frees all steps, their graphs and pools."""

@@ -251,8 +251,9 @@ def patch(
         processor: the model's processor, or a `Router` made of one. ``text_weight="auto"`` needs it, to read questions
             and to ask the model about them.
         runner: whether ``generate`` decodes over static buffers, on CUDA by replaying a captured graph. Default: on
-            CUDA, with ``fork_layers`` above 0. True: on any device, and with 0 fork layers too, which then run on
-            fmd_ext's attention. A call that cannot be run so takes the usual path, with one warning that says why.
+            CUDA and CPUs, with ``fork_layers`` above 0. True: on any device, and with 0 fork layers too, which then
+            run on fmd_ext's attention. A call that cannot be run so takes the usual path; ``handle.runner.last`` says
+            why, and one warning does on CUDA and where True was given.
         fusions: whether parts of decoder and encoders run as fewer, larger ops, with the same results up to rounding.
             Default: those that are not slower on the device. True: all. False: none. ``handle.fusions`` says which.
         **overrides: fields of `FMDConfig` that replace those of ``config``.
