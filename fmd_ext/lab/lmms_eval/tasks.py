@@ -14,7 +14,7 @@ from typing import Any
 
 from fmd_ext.lab.eval.benchmarks import Loaded
 from fmd_ext.lab.eval.items import Item
-from fmd_ext.lab.eval.run import judged
+from fmd_ext.lab.eval.parsing import judged
 
 UTILS = """\
 from fmd_ext.lab.lmms_eval import doc_to_target, doc_to_text, doc_to_visual, mean_score, process_results
