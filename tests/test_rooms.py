@@ -109,3 +109,25 @@ def test_patching_loads_nothing_of_the_lab():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert said.stdout.strip() == "[]"
+
+
+# What takes seconds to import, and what decodes clips.
+HEAVY = {"torch", "transformers", "torchvision", "scipy", "av", "huggingface_hub", "matplotlib", "vllm"}
+HELP = "import contextlib, fmd_ext.cli\nwith contextlib.suppress(SystemExit): fmd_ext.cli.main([{}'--help'])"
+LIGHT = {
+    "import fmd_ext": "import fmd_ext",
+    "settings": "import fmd_ext; fmd_ext.FMDConfig(alpha=0.9)",
+    "fmd-ext --help": HELP.format(""),
+    "fmd-ext ask --help": HELP.format("'ask', "),
+    "fmd-ext eval --help": HELP.format("'eval', "),
+    "fmd-ext curves": "import fmd_ext.lab.cli.curves",
+    "fmd-ext compare": "import fmd_ext.lab.cli.compare",
+    "benchmarks and methods": "import fmd_ext.lab.eval.benchmarks, fmd_ext.lab.eval.methods",
+}
+
+
+@pytest.mark.parametrize("code", LIGHT.values(), ids=list(LIGHT))
+def test_what_needs_no_model_imports_none(code):
+    found = f"import sys; print('loaded', sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{found}"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fmd_ext.cli.answer import Answer
 from fmd_ext.config import AUTO, FMDConfig
-from fmd_ext.engine.routes import NEEDS, Routes
-from fmd_ext.inputs.media import Clip
+
+if TYPE_CHECKING:
+    from fmd_ext.cli.answer import Answer
+    from fmd_ext.engine.routes import Routes
+    from fmd_ext.inputs.media import Clip
 
 
 def note(text: str) -> None:
@@ -54,6 +56,8 @@ def route(routes: Routes | None, config: FMDConfig) -> str:
     """What the first prompt's question was found to need, in one line; "" where nothing was asked."""
     if routes is None or routes.questions[0] is None:
         return ""
+    from fmd_ext.engine.routes import NEEDS  # loaded: there are routes
+
     likely = ", ".join(f"{need} {value:.0%}" for need, value in zip(NEEDS, routes.probabilities[0], strict=True))
     then = f"text weight {routes.text_weights(config)[0]:.2f}" if routes.forks[0] else "both: nothing is forked"
     return f"the question needs: {likely}; {then}"

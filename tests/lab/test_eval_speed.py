@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from fmd_ext.lab.eval import speed
+from fmd_ext.lab.eval import generation, speed
 from fmd_ext.lab.eval.clips import Group
 from fmd_ext.lab.eval.generation import Decoding, Said
 
@@ -36,7 +36,7 @@ def test_the_first_answer_of_each_method_is_not_timed(runner, monkeypatch):
         )
         return Said(["x"], [5], [False], [0], first, first + {"vanilla": 2.0, "fmd": 4.0}[choice.name])
 
-    monkeypatch.setattr(speed, "answer", answer)
+    monkeypatch.setattr(generation, "answer", answer)
     items = [types.SimpleNamespace(id=name) for name in "abc"]
     found = speed.measure(runner, items, tokens=5)
     assert asked[:4] == [("vanilla", "a"), ("vanilla", "a"), ("fmd", "a"), ("fmd", "a")] and len(asked) == 8

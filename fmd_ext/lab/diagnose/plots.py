@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmd_ext.lab.diagnose.attention import AttentionShare, LayerShare
 from fmd_ext.lab.plotting import COLOURS, LINES, MARKERS, NAMES, figure, save, styled
+
+if TYPE_CHECKING:
+    from fmd_ext.lab.diagnose.attention import AttentionShare, LayerShare
 
 BRANCH_TITLES = {"visual": "visual branch", "audio": "audio branch"}
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from fmd_ext.lab.eval.benchmarks import DataError, Loaded
 from fmd_ext.lab.eval.items import Item
+from fmd_ext.lab.eval.parsing import judged
 from fmd_ext.lab.eval.predictions import Prediction, Results, ResultsError, write_atomically
-from fmd_ext.lab.eval.run import judged
 
 
 def read_answers(path: str | Path, items: Sequence[Item]) -> dict[str, str]:

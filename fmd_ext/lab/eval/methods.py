@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,6 @@ from typing import Any
 
 import fmd_ext
 from fmd_ext.config import FMDConfig
-from fmd_ext.lab import baselines
 
 Apply = Callable[..., contextlib.AbstractContextManager[Mapping[str, Any]]]
 
@@ -152,12 +152,14 @@ def _fork_merge(fixed: Mapping[str, Any]) -> Apply:
     return apply
 
 
-def _baseline(context: Callable[..., contextlib.AbstractContextManager[Any]]) -> Apply:
-    parameters = list(inspect.signature(context).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.name != "processor"}
+def _baseline(name: str) -> Apply:
+    """``name``: of a context in `fmd_ext.lab.baselines`, which is loaded when it is applied: it takes transformers."""
 
     @contextlib.contextmanager
     def apply(model: Any, **settings: Any) -> Iterator[Mapping[str, Any]]:
+        context = getattr(importlib.import_module("fmd_ext.lab.baselines"), name)
+        parameters = list(inspect.signature(context).parameters.values())[1:]
+        defaults = {p.name: p.default for p in parameters if p.name != "processor"}
         with context(model, **settings):
             yield {**defaults, **{name: value for name, value in settings.items() if name != "processor"}}
 
@@ -207,7 +209,7 @@ METHODS: dict[str, Method] = {
             "vcd",
             "visual contrastive decoding: contrast with a noised video",
             "Leng et al., arXiv 2311.16922; fmd_ext/lab/baselines/vcd.py says what differs",
-            _baseline(baselines.vcd),
+            _baseline("vcd"),
             {
                 "contrast": "its strength",
                 "beta": "plausibility of a token, relative to the likeliest",
@@ -221,7 +223,7 @@ METHODS: dict[str, Method] = {
             "avcd",
             "audio-visual contrastive decoding: contrast with the less dominant modalities hidden",
             "Jung et al., arXiv 2505.20862; fmd_ext/lab/baselines/avcd.py says what differs",
-            _baseline(baselines.avcd),
+            _baseline("avcd"),
             {
                 "contrast": "its strength",
                 "beta": "plausibility of a token, relative to the likeliest",
@@ -233,7 +235,7 @@ METHODS: dict[str, Method] = {
             "pai",
             "attention reweighting: attention to the clip raised, contrast with a run without it",
             "Liu et al., arXiv 2407.21771; fmd_ext/lab/baselines/pai.py says what differs",
-            _baseline(baselines.pai),
+            _baseline("pai"),
             {
                 "boost": "how much attention scores are raised, relative to themselves",
                 "gamma": "strength of the contrast; 1: none",
@@ -247,7 +249,7 @@ METHODS: dict[str, Method] = {
             "mad",
             "modality-adaptive decoding: four runs weighed by the model's answer to what the question needs",
             "Chung et al., arXiv 2601.21181; fmd_ext/lab/baselines/mad.py says what differs",
-            _baseline(baselines.mad),
+            _baseline("mad"),
             {
                 "gamma": "strength of the contrast",
                 "wording": "how the model is asked: published, or a language of MODALITY_QUESTIONS",
@@ -259,7 +261,7 @@ METHODS: dict[str, Method] = {
             "outro",
             "attention outputs turned towards the values of attention sinks; acts only where there are sinks",
             "Yoo et al., arXiv 2603.14337; fmd_ext/lab/baselines/outro.py says what differs",
-            _baseline(baselines.outro),
+            _baseline("outro"),
             {
                 "least": "magnitude of a hidden state that makes a sink",
                 "ratio": "the same, relative to the median",
@@ -271,7 +273,7 @@ METHODS: dict[str, Method] = {
             "drop",
             "a control: the prompt loses the modality that its question does not need",
             "no published method; fmd_ext/lab/baselines/drop.py",
-            _baseline(baselines.drop),
+            _baseline("drop"),
             {
                 "needs": "asked, or visual, audio or both for all questions",
                 "wording": "how the model is asked: a language of MODALITY_QUESTIONS",

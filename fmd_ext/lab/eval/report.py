@@ -21,9 +21,9 @@ from fmd_ext.lab.eval.benchmarks import BENCHMARKS
 from fmd_ext.lab.eval.clips import clip_of, reason_of
 from fmd_ext.lab.eval.figures import accuracy_figure, difference_figure
 from fmd_ext.lab.eval.items import Item
+from fmd_ext.lab.eval.parsing import judged
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, write_atomically
 from fmd_ext.lab.eval.report_template import PAGE
-from fmd_ext.lab.eval.run import judged
 from fmd_ext.lab.eval.scores import ALL, GAINS, Evaluation, reading_of
 from fmd_ext.lab.eval.speed import read_speed
 from fmd_ext.lab.eval.tables import Table

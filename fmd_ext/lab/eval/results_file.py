@@ -17,8 +17,8 @@ from typing import Any
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, Benchmark
 from fmd_ext.lab.eval.counts import asked_items
 from fmd_ext.lab.eval.items import Item
+from fmd_ext.lab.eval.parsing import judged
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, ResultsError, write_atomically
-from fmd_ext.lab.eval.run import judged
 from fmd_ext.lab.eval.scores import PROTOCOLS, reading_of
 from fmd_ext.lab.eval.speed import read_speed
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,7 +35,7 @@ from fmd_ext.lab.eval.clips import (
 from fmd_ext.lab.eval.generation import Decoding, answer, max_new_tokens_for
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import Choice
-from fmd_ext.lab.eval.parsing import parse_answer
+from fmd_ext.lab.eval.parsing import judged
 from fmd_ext.lab.eval.predictions import Key, Locked, Prediction, Results, Share
 
 
@@ -264,11 +264,3 @@ def _failed(choice: Choice, group: Group, sample: int, reason: str) -> list[Pred
         Prediction(choice.name, item.id, sample, item.prompt, None, error=reason, shown=own, notes=own_notes)
         for item, own, own_notes in zip(group.items, shown, notes, strict=True)
     ]
-
-
-def judged(
-    item: Item, raw: str, read: Callable[[Item, str], str | None] = parse_answer
-) -> tuple[str | None, float | None]:
-    """The answer that a text gives, and its score: 1 or 0, None for a caption. ``read``: by which reading."""
-    parsed = parse_answer(item, raw) if item.kind == "caption" else read(item, raw)
-    return parsed, None if item.kind == "caption" else float(parsed == item.answer)

@@ -19,9 +19,8 @@ from fmd_ext.lab.eval.benchmarks import BENCHMARKS, Benchmark
 from fmd_ext.lab.eval.captions import caption_scores
 from fmd_ext.lab.eval.counts import Counts, asked_items, count, is_answered
 from fmd_ext.lab.eval.items import Item
-from fmd_ext.lab.eval.parsing import parse_answer
+from fmd_ext.lab.eval.parsing import judged, parse_answer
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, ResultsError, write_atomically
-from fmd_ext.lab.eval.run import judged
 from fmd_ext.lab.eval.statistics import Comparison, Estimate
 from fmd_ext.lab.eval.tables import Answers, Table, accuracy_of, average_of, groups_of, scores_of, table_of
 

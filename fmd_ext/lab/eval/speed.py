@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from fmd_ext.inputs.chat import to_device
-from fmd_ext.lab.eval.generation import answer
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Results, write_atomically
-from fmd_ext.lab.eval.run import Runner
+
+if TYPE_CHECKING:
+    from fmd_ext.lab.eval.run import Runner
 
 
 def measure(runner: Runner, items: Sequence[Item], *, tokens: int = 32) -> dict[str, Any]:
@@ -31,6 +30,12 @@ def measure(runner: Runner, items: Sequence[Item], *, tokens: int = 32) -> dict[
         first_token_s, tokens_per_s (after the first), their ratios to the first method's on the same item with
         quartiles, and peak_bytes (the largest).
     """
+    # Only now: who reads measurements needs no model.
+    import torch
+
+    from fmd_ext.inputs.chat import to_device
+    from fmd_ext.lab.eval.generation import answer
+
     if tokens < 2:
         raise ValueError(f"tokens must be 2 or more to have a rate after the first, got {tokens}")
     rows: dict[str, list[tuple[float, float, int | None]]] = {choice.name: [] for choice in runner.choices}

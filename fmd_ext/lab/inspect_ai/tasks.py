@@ -25,7 +25,7 @@ from inspect_ai.solver import TaskState, generate
 
 from fmd_ext.lab.eval.benchmarks import load
 from fmd_ext.lab.eval.items import Item
-from fmd_ext.lab.eval.run import judged
+from fmd_ext.lab.eval.parsing import judged
 from fmd_ext.lab.eval.whole_files import whole_file
 
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mpeg": "mpeg", ".mpg": "mpeg"}

@@ -16,7 +16,7 @@ from typing import Any
 from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import Loaded
 from fmd_ext.lab.eval.items import Item
-from fmd_ext.lab.eval.run import judged
+from fmd_ext.lab.eval.parsing import judged
 from fmd_ext.lab.eval.whole_files import whole_file
 
 UTILS = """\

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fmd_ext.inputs.media import MediaError, check_clip
 from fmd_ext.lab.eval.benchmarks.avhbench import AVHBENCH, AVHBENCH_DEDUPLICATED
 from fmd_ext.lab.eval.benchmarks.avqa import AVQA
 from fmd_ext.lab.eval.benchmarks.base import Benchmark, DataError, Findings, Prompt, ask, read_records
@@ -114,6 +113,8 @@ def unreadable(items: Sequence[Item], *, progress: bool = False) -> list[str]:
 
     ``progress`` shows a bar on a terminal.
     """
+    from fmd_ext.inputs.media import MediaError, check_clip
+
     paths = list(dict.fromkeys(path for item in items for path in (item.path, item.sound) if path is not None))
 
     def problem(path: Path) -> str | None:

@@ -7,13 +7,24 @@ sentence that says what the question asks. Two answers that contradict each othe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.parsing.choice import parse_choice
 from fmd_ext.lab.eval.parsing.text import NUMBERS, final_answer, phrase
 from fmd_ext.lab.eval.parsing.word import parse_word
 from fmd_ext.lab.eval.parsing.yes_no import parse_yes_no
 
-__all__ = ["NUMBERS", "final_answer", "normal_word", "parse_answer", "parse_choice", "parse_word", "parse_yes_no"]
+__all__ = [
+    "NUMBERS",
+    "final_answer",
+    "judged",
+    "normal_word",
+    "parse_answer",
+    "parse_choice",
+    "parse_word",
+    "parse_yes_no",
+]
 
 
 def parse_answer(item: Item, text: str) -> str | None:
@@ -35,3 +46,11 @@ def parse_answer(item: Item, text: str) -> str | None:
 def normal_word(text: str) -> str:
     """A published answer as `parse_word` gives it: lower case, number words, single spaces."""
     return phrase(text)
+
+
+def judged(
+    item: Item, raw: str, read: Callable[[Item, str], str | None] = parse_answer
+) -> tuple[str | None, float | None]:
+    """The answer that a text gives, and its score: 1 or 0, None for a caption. ``read``: by which reading."""
+    parsed = parse_answer(item, raw) if item.kind == "caption" else read(item, raw)
+    return parsed, None if item.kind == "caption" else float(parsed == item.answer)
