@@ -14,9 +14,9 @@ import fmd_ext
 from fmd_ext.engine.routes import NEEDS
 from fmd_ext.lab import trained
 from fmd_ext.lab.evidence import __main__ as command
-from fmd_ext.lab.evidence import exact, probe
+from fmd_ext.lab.evidence import exact, markers, probe
 from fmd_ext.lab.evidence.prompts import WholePrompts
-from fmd_ext.lab.evidence.rivals import BY_TRUTH, ROUTED, Rival, rivals
+from fmd_ext.lab.evidence.rivals import BY_TRUTH, GROUPS, ROUTED, Rival, group_of, rivals
 from fmd_ext.lab.evidence.rivals_page import rivals_lines
 from fmd_ext.lab.synthetic import split_scenes
 from fmd_ext.lab.synthetic.dataset import BALANCED
@@ -114,3 +114,28 @@ def test_the_record_has_the_parts_and_the_page_shows_them():
             assert all(row["p_adjusted"] >= row["p_value"] for row in record[kind]["routed"])
             assert f"| {name} | probe, {kind} | {record[kind]['labelled']} |" in page
     assert BY_TRUTH in {row["name"] for row in found["rivals"]["methods"]}
+
+
+def test_markers_go_with_their_clip(model, made):
+    """The other branch lacks them; nothing else of the prompt changes."""
+    plain, without = (kind(model, *made, ["avhbench"]) for kind in (WholePrompts, markers.MarkedPrompts))
+    given = without.inputs(np.array([0]))
+    ids, labels = given.pop("input_ids")[0], given.pop("modality_labels")[0]
+    special = made[0].tokenizer.convert_tokens_to_ids(
+        ["<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>", "<|audio_eos|>"]
+    )
+    assert [labels[ids == token].tolist() for token in special] == [[1], [1], [2], [2]]
+    own = plain.openings["both"].labels
+    assert int((labels != 0).sum()) == int((own != 0).sum()) + 4
+    alone = markers.marked(torch.tensor([0, 0, 1, 1, 0, 0, 2, 0]))
+    assert alone.tolist() == [0, 1, 1, 1, 1, 2, 2, 2]
+    settings = {"masking": "attention", "fork_layers": 2, "text_weight": {"visual": 0.8, "audio": 0.2}}
+    found = markers.measure_markers(model, plain, without, [settings])
+    (row,) = found["rows"]
+    with fmd_ext.patch(model, processor=made[0], **settings) as handle:
+        right, _ = without.ask(model)
+        model(**without.inputs(np.array([without.needs.index("audio")])))
+        assert handle.last_call.plan.forked.all()
+    own = np.array([group_of(item) == GROUPS[1] for item in plain.items])
+    assert row["without"][GROUPS[1]] == pytest.approx(right[own].mean(), abs=1e-4)
+    assert len(row["against"]) == len(GROUPS)

@@ -20,6 +20,7 @@ from fmd_ext.lab.evidence.alternatives import measure_alternatives
 from fmd_ext.lab.evidence.answers import YesNoQuestions
 from fmd_ext.lab.evidence.exact import FAMILIES as EXACT_FAMILIES
 from fmd_ext.lab.evidence.exact import measure_exact
+from fmd_ext.lab.evidence.markers import MarkedPrompts, measure_markers
 from fmd_ext.lab.evidence.measure import (
     attention_before_and_after,
     choose,
@@ -38,7 +39,7 @@ from fmd_ext.lab.training.pool import Pool, build_pool
 
 FAMILIES = ("avhbench",)  # of questions on which methods are compared
 PROMPTS = 100  # for the attention shares
-PARTS = ("exact", "probe")  # that go on from the recorded comparison: its settings
+PARTS = ("exact", "probe", "markers")  # that go on from the recorded comparison: its settings
 CLIPS, CLIPS_OF_OTHERS = (90, 510), (60, 300)  # of the comparison with rivals: validation, test
 
 
@@ -156,7 +157,15 @@ def measured(part: str, folder: Path, work: Path, rivals: dict, clips: tuple[int
         return measure_exact(model, WholePrompts(model, processor, pool, scenes, EXACT_FAMILIES), settings)
     pool, scenes = clips_of(work, processor, "val", clips[0])
     validation = WholePrompts(model, processor, pool, scenes, FAMILIES)
-    return measure_probe(model, validation, scenes, settings[BY_TRUTH])
+    if part == "probe":
+        return measure_probe(model, validation, scenes, settings[BY_TRUTH])
+    alone = {
+        "masking": "attention",
+        "fork_layers": model.config.get_text_config().num_hidden_layers,
+        "text_weight": {"visual": 1.0, "audio": 0.0},
+    }
+    without = MarkedPrompts(model, processor, pool, scenes, FAMILIES)
+    return measure_markers(model, validation, without, [settings[BY_TRUTH], alone])
 
 
 def load(folder: Path) -> tuple[Any, Any]:

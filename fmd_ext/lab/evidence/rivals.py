@@ -186,8 +186,8 @@ def measure_rivals(model: nn.Module, validation: WholePrompts, test: WholePrompt
         for need in NEEDS
     }
     found["methods"] = rows
-    found["against_vanilla"] = _comparisons(test.items, answers, "vanilla")
-    found["against_mad"] = _comparisons(test.items, {n: answers[n] for n in (ROUTED, "MAD")}, "MAD")
+    found["against_vanilla"] = comparisons(test.items, answers, "vanilla")
+    found["against_mad"] = comparisons(test.items, {n: answers[n] for n in (ROUTED, "MAD")}, "MAD")
     return found
 
 
@@ -208,7 +208,7 @@ def _accuracy(right: np.ndarray, clips: np.ndarray, chosen: np.ndarray) -> dict[
     return {key: round(getattr(estimate, key), 4) for key in ("value", "low", "high")} | {"items": int(chosen.sum())}
 
 
-def _comparisons(items: Sequence[Item], answers: dict[str, np.ndarray], baseline: str) -> list[dict[str, Any]]:
+def comparisons(items: Sequence[Item], answers: dict[str, np.ndarray], baseline: str) -> list[dict[str, Any]]:
     """Each method against ``baseline`` per group; p-values adjusted for their number (Holm)."""
     groups, clips = np.array([group_of(item) for item in items]), np.array([item.clip for item in items])
     rows = []

@@ -62,6 +62,7 @@ def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
         yield from (f"on fewer test clips ({clips}):", "")
         yield from _table(["", "method", *GROUPS, "asked rightly"], _other_models(rivals, models))
     yield ""
+    yield from _markers(found)
     yield from _exact(found)
 
 
@@ -126,6 +127,27 @@ def _exact(found: dict[str, Any]) -> Iterator[str]:
             own = [row for row in model["exact"]["methods"] if row["name"] == name]
             rows.append([model["name"], name, *(f"{100 * row['value']:.1f}{_star(row)}" for row in own)])
     yield from _table(["", "method", *groups], rows)
+    yield ""
+
+
+def _markers(found: dict[str, Any]) -> Iterator[str]:
+    """The trial without markers, of the package's model."""
+    if "markers" not in found:
+        return
+    yield (
+        "Markers left to the branch that sees their clip, attention masking, on validation clips (gain over markers in "
+        "both):"
+    )
+    yield ""
+    rows = []
+    for row in found["markers"]["rows"]:
+        cells = (
+            f"{100 * row['without'][cell['group']]:.1f} ({100 * cell['value']:+.1f}{_star(cell)})"
+            for cell in row["against"]
+        )
+        weights = "/".join(f"{weight:g}" for weight in row["settings"]["text_weight"].values())
+        rows.append([f"fork layers {row['settings']['fork_layers']}, text weights {weights}", *cells])
+    yield from _table(["", *GROUPS], rows)
     yield ""
 
 
