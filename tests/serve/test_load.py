@@ -27,7 +27,7 @@ MOST_GROWTH = 20
 # What vLLM keeps is bounded, but by bounds that a small test never reaches. Here the first rounds fill all of it.
 FEW_BLOCKS = ["--kv-cache-memory-bytes", str(16 * 2**20)]  # a block takes memory from its first use on
 NO_INPUTS = ["--mm-processor-cache-gb", "0"]  # so that every request makes its inputs anew; 4 by default
-# oneDNN keeps 1024 compiled products, by their rows: each new size of a step adds some, until there are hundreds of MiB.
+# oneDNN keeps 1024 compiled products, by their rows: each new size of a step adds some, to hundreds of MiB.
 # glibc has an arena for each of the threads that load clips, and keeps what they free.
 LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "MALLOC_ARENA_MAX": "2"}
 
