@@ -15,7 +15,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fmd_ext.lab.trained import bundled_scenes
@@ -33,18 +35,30 @@ FLAGS = [
 
 
 def environment() -> dict[str, str]:
-    """For processes of vLLM: this checkout, one thread each, none of them bound to a core."""
+    """For processes of vLLM: this checkout, one thread each, none of them bound to a core; as many as users have."""
     mended = process_environment().get("PYTHONPATH") or os.environ.get("PYTHONPATH")
     paths = os.pathsep.join(filter(None, [str(ROOT), mended]))
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **quiet, "PYTHONPATH": paths}
+    own = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **own, "PYTHONPATH": paths}
 
 
 class Server:
-    """A running server. ``log``: the file that it writes to; ``plain``: vLLM without fork-merge decoding."""
+    """A running server. ``log``: the file that it writes to; ``plain``: vLLM without fork-merge decoding, of a full
+    model; ``variables``: of its environment, beside those of `environment`."""
 
     def __init__(
-        self, log: Path, *settings: str, flags: list[str] = FLAGS, model: str = "built-in", plain: bool = False
+        self,
+        log: Path,
+        *settings: str,
+        flags: list[str] = FLAGS,
+        model: str = "built-in",
+        plain: bool = False,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -57,7 +71,11 @@ class Server:
         command += ["--port", str(self.port), *flags]
         with log.open("w") as written:
             self.process = subprocess.Popen(
-                command, stdout=written, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+                command,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+                env={**environment(), **variables},
+                start_new_session=True,
             )
 
     def wait(self) -> Server:
@@ -121,12 +139,24 @@ class Server:
             text = response.read().decode()
         return float(re.search(rf"^{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE)[1])
 
-    def memory(self) -> float:
-        """MiB of all its processes, shared pages counted once."""
+    def processes(self) -> dict[str, Any]:
+        """Its processes as psutil has them: ``"server"``, and by their names the engine's core and its workers."""
         import psutil
 
         server = psutil.Process(self.process.pid)
-        return sum(p.memory_full_info().pss for p in [server, *server.children(recursive=True)]) / 2**20
+        return {"server": server} | {
+            child.name().removeprefix("VLLM::"): child for child in server.children(recursive=True)
+        }
+
+    def memory(self) -> dict[str, int]:
+        """MiB that each of its processes has allocated. Pages of files are left out: they come and go with whoever else
+        uses the same libraries."""
+        found = {name: process.memory_info() for name, process in self.processes().items()}
+        return {name: round((info.rss - info.shared) / 2**20) for name, info in found.items()}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """What each of its processes has taken so far: of what it computes, whatever else the machine does."""
+        return {name: sum(process.cpu_times()[:2]) for name, process in self.processes().items()}
 
 
 def streamed(response: Any, empty: bool = False) -> Any:
