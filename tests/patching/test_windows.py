@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 import fmd_ext
@@ -197,3 +198,31 @@ class TestVarlen:
             made.clear(), calls.clear()
             torch.testing.assert_close(model(**inputs).logits, expected, atol=2e-5, rtol=0)
         assert len(made) == 2 + 2 * 2 and calls == []  # sound; picture and video, in two layers each
+
+    def test_layers_wait_for_no_bounds(self, monkeypatch):
+        """Each layer of the towers reads the bounds of its windows back three times; by this call none does."""
+
+        class Reads(TorchFunctionMode):
+            def __init__(self):
+                super().__init__()
+                self.count = 0
+
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                self.count += getattr(function, "__name__", "") in ("tolist", "item", "cpu")
+                return function(*args, **(kwargs or {}))
+
+        def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=None):
+            return torch.zeros_like(query)
+
+        model, inputs = tiny_thinker(), build_inputs([[("video", (3, 16, 24))]])
+        given = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        model.get_video_features(*given)
+        with Reads() as apart:
+            model.get_video_features(*given)
+        with fmd_ext.patch(model, fork_layers=1):
+            monkeypatch.setattr(compat, "why_no_varlen", lambda *args: "")
+            monkeypatch.setattr(varlen, "varlen_attn", attend)
+            with Reads() as together:
+                model.get_video_features(*given)
+        # Two layers of three reads each, for two reads of the longest window's length before the first layer.
+        assert together.count == apart.count - 2 * 3 + 2
