@@ -99,6 +99,8 @@ class DecodeRunner:
             return f"{type(model).__name__} does not generate by transformers' loop for decoders"
         if call.get("custom_generate") is not None:
             return "custom_generate is given"
+        if self.session.generating is not None and self.session.generating.virtual:
+            return "PEFT's prompt learning gives its steps no positions"
         if call.get("synced_gpus"):
             return "synced_gpus is set"
         places = {parameter.device for parameter in self.decoder.parameters()}

@@ -71,6 +71,7 @@ def test_labels_by_hand_with_virtual_tokens(prompt_tuned):
     whole = torch.nn.functional.pad(labels, (VIRTUAL, 0))
     handle = fmd_ext.patch(prompt_tuned, CONFIG)
     tokens = prompt_tuned.generate(**inputs, **GREEDY)
+    assert handle.runner.last == "PEFT's prompt learning gives its steps no positions"
     for given in (labels, whole):
         assert torch.equal(prompt_tuned.generate(**inputs, **GREEDY, modality_labels=given), tokens)
         with handle.labels(given):

@@ -27,7 +27,7 @@ class FusedNorm:
         hidden, *more = args if args and not kwargs else (*args, *kwargs.values())
         if more or hidden.dtype != weight.dtype:
             return self.original(*args, **kwargs)
-        return torch.rms_norm(hidden, weight.shape, weight, _eps(module))
+        return F.rms_norm(hidden, weight.shape, weight, _eps(module))
 
 
 def is_plain(module: nn.Module) -> bool:
