@@ -116,7 +116,7 @@ def _exact(found: dict[str, Any]) -> Iterator[str]:
     tested = sum("p_adjusted" in row for row in first["methods"])
     clips = ", ".join(f"{model['name']}: {model['exact']['clips']}" for model in models)
     yield (
-        "Open answers and choices, exact, with the same settings, on test clips "
+        "Open answers and choices, exact, same settings, on test clips "
         f"({clips}); `*`: differs from vanilla, after Holm's correction over all {tested}:"
     )
     yield ""
