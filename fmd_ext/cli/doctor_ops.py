@@ -47,11 +47,17 @@ def _paths() -> dict[str, dict[str, tuple[str | None, str, tuple[torch.dtype, ..
         paths[device] = {}
         for name, op in operators().items():
             dtypes = selftest.dtypes_of(name, device)
-            found = dispatch.find(torch.empty(0, device=device).device, dtypes[0], 64, op.attention)
+            here = torch.empty(0, device=device).device
+            found = dispatch.find(here, dtypes[0], 64, op.attention)
             if found.name == "torch":
-                paths[device][name] = ("torch's own operations", found.why, (torch.float32, torch.float16))
+                path, why, dtypes = "torch's own operations", found.why, (torch.float32, torch.float16)
             else:
-                paths[device][name] = (*_kernel(name, device, found.why), dtypes)
+                path, why = _kernel(name, device, found.why)
+            if name == "branched_prefill":
+                prefill = dispatch.prefill_path(here, dtypes[0], 64)
+                if prefill.name == "sdpa":
+                    why += f"; a prompt given at once takes torch's causal attention instead: {prefill.why}"
+            paths[device][name] = (path, why, dtypes)
     return paths
 
 

@@ -27,7 +27,7 @@ def _needed(args: argparse.Namespace) -> dict[str, str]:
     if getattr(args, "list", False):
         return {}
     needed = {}
-    if args.command in ("eval", "calibrate", "curves") and not getattr(args, "check", False):
+    if args.command in ("eval", "calibrate", "compare", "curves") and not getattr(args, "check", False):
         needed["scipy"] = f"fmd-ext {args.command}"
     if args.command == "curves":
         needed["matplotlib"] = "fmd-ext curves"

@@ -15,7 +15,7 @@ from fmd_ext.cli.extras import check_extras, uses_built_in_model
 
 USER_ERROR, INTERRUPTED = 2, 130
 TOY_MODEL = "the built-in toy model answers, trained on synthetic clips of eight kinds of objects"
-LAB_COMMANDS = ("calibrate", "curves", "demo", "diagnose", "eval")  # their code lies in fmd_ext.lab.cli
+LAB_COMMANDS = ("calibrate", "compare", "curves", "demo", "diagnose", "eval")  # their code lies in fmd_ext.lab.cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(commands)
     _add_calibrate(commands)
+
+    compare = commands.add_parser("compare", help="print the tables of results files, one's own or others'")
+    compare.add_argument("results", nargs="+", metavar="FILE", help="a results.json that fmd-ext eval has written")
+    _add_scoring(compare)
+    _add_debug(compare)
 
     curves = commands.add_parser("curves", help="plot accuracy against alpha, fork depth and mask scale")
     curves.add_argument("results", metavar="FOLDER", help="results of fmd-ext eval with methods that differ in these")
@@ -175,13 +180,7 @@ def _add_eval(commands: Any) -> None:
     out.add_argument("--output", metavar="FOLDER", help="resumed if it exists (results/BENCHMARK-MODEL)")
     out.add_argument("--retry-failed", action="store_true", help="ask again what failed before")
     out.add_argument("--score-only", action="store_true", help="score the folder again, without model and data")
-    out.add_argument(
-        "--protocol",
-        choices=("ours", "official"),
-        default="ours",
-        help="how answers are read: as a person does, or as the benchmark's own script (%(default)s)",
-    )
-    out.add_argument("--baseline", metavar="METHOD", help="the method to compare with (vanilla)")
+    _add_scoring(out)
     out.add_argument("--report", metavar="FILE", help="also write a self-contained HTML report")
     out.add_argument(
         "--export",
@@ -237,6 +236,16 @@ def _add_calibrate(commands: Any) -> None:
     _add_layout(parser)
     _add_reading(parser)
     _add_debug(parser)
+
+
+def _add_scoring(group: Any) -> None:
+    group.add_argument(
+        "--protocol",
+        choices=("ours", "official"),
+        default="ours",
+        help="how answers are read: as a person does, or as the benchmark's own script (%(default)s)",
+    )
+    group.add_argument("--baseline", metavar="METHOD", help="the method to compare with (vanilla)")
 
 
 def _add_allowances(group: Any) -> None:

@@ -21,10 +21,12 @@ from fmd_ext.config import FILE_KEY, FMDConfig
 from fmd_ext.inputs.chat import SMALLEST_FRAME
 from fmd_ext.serve import ARCHITECTURES, environment
 from fmd_ext.serve.folder import is_thinker, write_full_model
+from fmd_ext.serve.settings import refuse_unservable
 
 BUILT_IN = "built-in"
+BUILT_IN_CACHE = 256 * 2**20  # bytes, of more than 100,000 tokens; by itself vLLM takes most of a machine's memory
 # vLLM's own flags that this command writes; given twice, the last one would win in silence.
-_OURS = ("--hf-overrides", "--additional-config")
+_OURS = ("--model", "--hf-overrides", "--additional-config")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +50,8 @@ def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str
         more: flags for vLLM.
 
     Raises:
-        UserError: no such folder, a model that is not supported, or a flag in ``more`` that this command writes.
+        UserError: no such folder, a model that is not supported, a setting that cannot be served, or a flag in ``more``
+            that this command writes.
     """
     more = [flag for flag in more if flag != "--"]
     for flag in more:
@@ -61,6 +64,7 @@ def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str
         given = {name: value for name, value in vars(config).items() if value is not None}
         config = own.replace(**given)
         flags["--served-model-name"] = "fmd-ext"
+        flags["--kv-cache-memory-bytes"] = str(BUILT_IN_CACHE)
     if is_path(source) and not Path(source).is_dir():
         raise UserError(f"model {source}: there is no such folder")
     if is_thinker(source):
@@ -72,6 +76,12 @@ def serve_arguments(source: str, config: FMDConfig, more: list[str]) -> list[str
         raise UserError(
             f"model {source} is a {architecture}; fork-merge decoding serves {' and '.join(sorted(ARCHITECTURES))}"
         )
+    # vLLM checks them again, behind its imports and among its messages.
+    layers = loaded.get("thinker_config", {}).get("text_config", {}).get("num_hidden_layers")
+    with blaming_input(ValueError):
+        refuse_unservable(config)
+        if layers is not None:
+            config.resolve(FMDConfig(), layers)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     flags["--hf-overrides"] = {"architectures": [ARCHITECTURES[architecture][0]]}
     flags["--additional-config"] = {FILE_KEY: settings}

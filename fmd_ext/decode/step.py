@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from fmd_ext.compat import cache_kwargs
 from fmd_ext.engine.cache import BranchedState, Pools
 from fmd_ext.engine.call import Call
-from fmd_ext.engine.plan import Plan
+from fmd_ext.engine.plan import growth_of
 from fmd_ext.engine.session import Session
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class StaticStep:
                     self.call.home_weights = torch.empty_like(call.home_weights)
             self._numbers = plan.tensors.keep_on(self.device)
             with torch.inference_mode(False):
-                self._growth = _growth(plan, self.device)
+                self._growth = growth_of(plan).to(self.device)
                 self.positions = torch.empty_like(inputs.positions, memory_format=torch.contiguous_format)
                 self._tensors = {name: torch.empty_like(tensor) for name, tensor in inputs.tensors.items()}
         else:
@@ -218,12 +218,3 @@ def _pools_like(layer: Any, tables: tuple) -> Pools:
         return torch.empty((pool.shape[0], num_slots, pool.shape[2]), dtype=layer.dtype, device=layer.device)
 
     return empty(layer.keys), empty(layer.values)
-
-
-def _growth(plan: Plan, device: torch.device) -> torch.Tensor:
-    """What a step adds to the numbers of its plan: one key more in every segment, appended one slot further."""
-    growth = torch.zeros_like(plan.tensors.host)
-    for kind in ("fork", "trunk"):
-        plan.tensors.view(f"{kind}.slots", growth).fill_(1)
-        plan.tensors.view(f"{kind}.key_ranges", growth)[:, 1] = 1
-    return growth.to(device)

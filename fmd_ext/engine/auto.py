@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fmd_ext import ops
 from fmd_ext.config import AUTO, FMDConfig
 from fmd_ext.engine.call import Call
+from fmd_ext.engine.packed_arrays import PackedArrays
 from fmd_ext.engine.plan import Plan
 from fmd_ext.labels import AUDIO, JOINT, VISUAL
 
@@ -64,73 +66,84 @@ class Reading:
 
     Attributes:
         samples: [batch] bool, those that begin to fork in this call.
-        layers: for each layer that has been read the shares, float32 [batch, 2, 2] (branch, modality).
     """
 
     def __init__(self, labels: np.ndarray, plan: Plan, chooses_depth: bool, chooses_alpha: bool) -> None:
         self.samples = samples = plan.begins
         self.chooses_depth = chooses_depth
         self.chooses_alpha = chooses_alpha
-        self.layers: list[torch.Tensor] = []
         positions, home_rows, host = plan.positions, plan.home_rows, torch.device("cpu")
-        qo_rows, cu_seqlens_q, key_ranges = (
-            plan.fork.get(name, host).numpy() for name in ("qo_rows", "cu_seqlens_q", "key_ranges")
+        qo_rows, cu_seqlens_q, key_ranges, slots = (
+            plan.fork.get(name, host).numpy() for name in ("qo_rows", "cu_seqlens_q", "key_ranges", "slots")
         )
-        num_home, length = len(positions) - len(home_rows), labels.shape[1]
+        num_home, length = plan.num_home, labels.shape[1]
         label_of_row = labels.ravel()[positions]
         place_of_row = np.empty(len(positions), np.int64)
         place_of_row[qo_rows] = np.arange(len(qo_rows))
-        self._rows: list[tuple[int, int, int, tuple[int, ...], np.ndarray]] = []
+        rows, places = [], []  # read rows, and sample * 2 + branch of each
         for sample in np.flatnonzero(samples):
             own = np.flatnonzero(positions[:num_home] // length == sample)
             home = int(own[-1])  # rows are in the order of the positions
             away = num_home + np.flatnonzero(home_rows == home)
             home_branch = 1 if label_of_row[home] == AUDIO else 0
-            for row, branch in ((home, home_branch), *((int(row), 1 - home_branch) for row in away)):
-                group = int(np.searchsorted(cu_seqlens_q, place_of_row[row], side="right")) - 1
-                keys = qo_rows[cu_seqlens_q[group] : cu_seqlens_q[group + 1]]  # the branch holds this call's rows only
-                self._rows.append((int(sample), branch, row, tuple(key_ranges[group].tolist()), label_of_row[keys]))
-        self._masks: dict[torch.device, list[torch.Tensor]] = {}
+            rows += [home, *away]
+            places += [2 * sample + home_branch] + [2 * sample + 1 - home_branch] * len(away)
+        groups = np.searchsorted(cu_seqlens_q, place_of_row[rows], side="right") - 1
+        self._arrays = PackedArrays(
+            rows=np.array(rows),
+            order=np.arange(len(rows)),
+            places=np.array(places),
+            key_ranges=key_ranges[groups],
+            **{f"slots_{i}": slots[np.isin(label_of_row, own)] for i, own in enumerate(MODALITIES)},
+        )
+        self._indicators: dict[tuple, torch.Tensor] = {}
+        self._read: list[torch.Tensor] = []  # by layer, [read rows, num_qo_heads, 2]
 
     def observe(self, rows: torch.Tensor, pool: torch.Tensor, scale: float) -> None:
-        """One forked layer: queries [rows, num_qo_heads, head_dim] and the pool [num_kv_heads, num_slots, head_dim]."""
-        shares = torch.zeros(len(self.samples), 2, 2, device=rows.device)
-        for (sample, branch, row, segment, _), of_modality in zip(
-            self._rows, self._modalities(rows.device), strict=True
-        ):
-            kv_start, kv_len, prefix_start, prefix_len = segment
-            query = rows[row].float().view(pool.shape[0], -1, rows.shape[-1])
-            parts = [
-                query @ pool[:, start : start + length].float().transpose(-1, -2) * scale
-                for start, length in ((kv_start, kv_len), (prefix_start, prefix_len))
-            ]
-            weights = torch.cat(parts, dim=-1).softmax(-1).flatten(0, 1).mean(0)
-            shares[sample, branch] = of_modality @ weights[:kv_len]
-        self.layers.append(shares)
+        """One forked layer: queries [rows, num_qo_heads, head_dim] and the pool [num_kv_heads, num_slots, head_dim].
 
-    def _modalities(self, device: torch.device) -> list[torch.Tensor]:
-        """float32 [2, keys] for each row: 1 where the key is of the modality."""
-        if device not in self._masks:
-            self._masks[device] = [
-                torch.from_numpy(np.stack([np.isin(labels, own) for own in MODALITIES]).astype(np.float32)).to(device)
-                for *_, labels in self._rows
-            ]
-        return self._masks[device]
+        The share of a modality is attention over values that are 1 at its keys and 0 elsewhere.
+        """
+        device = rows.device
+        own, order, key_ranges = (self._arrays.get(name, device) for name in ("rows", "order", "key_ranges"))
+        values = self._indicator(pool).expand(len(pool), -1, -1)
+        out, _ = ops.branched_decode(rows.index_select(0, own), pool, values, order, key_ranges, scale)
+        self._read.append(out[..., : len(MODALITIES)])
+
+    def _indicator(self, pool: torch.Tensor) -> torch.Tensor:
+        """[num_slots, head_dim] in the dtype of ``pool``: column i is 1 where a key is of modality i."""
+        shape, device = pool.shape[1:], pool.device
+        key = (shape, pool.dtype, device)
+        if key not in self._indicators:
+            self._indicators[key] = found = pool.new_zeros(shape)
+            for column in range(len(MODALITIES)):
+                found[:, column].index_fill_(0, self._arrays.get(f"slots_{column}", device), 1)
+        return self._indicators[key]
+
+    @property
+    def layers(self) -> torch.Tensor:
+        """Shares of each layer that has been read, float32 [layers, batch, 2, 2] (branch, modality)."""
+        device = self._read[0].device
+        read = torch.stack([out.to(device) for out in self._read]).float().mean(2)
+        shares = torch.zeros(len(read), 2 * len(self.samples), len(MODALITIES), device=device)
+        shares[:, self._arrays.get("places", device)] = read
+        return shares.unflatten(1, (len(self.samples), 2))
 
     @property
     def depths(self) -> torch.Tensor:
         """int64 [batch]: the layers after which a sample stops forking; 0 while it goes on."""
-        return fading_depths(torch.stack(self.layers))
+        return fading_depths(self.layers)
 
     def ends_fork(self) -> bool:
         """Whether all samples have stopped forking: the deepest of them decides for the batch."""
         if not self.chooses_depth:
             return False
-        samples = torch.from_numpy(self.samples).to(self.layers[0].device)
-        return bool((self.depths > 0)[samples].all())
+        depths = self.depths
+        return bool((depths > 0)[torch.from_numpy(self.samples).to(depths.device)].all())
 
     def home_weights(self, weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor | None:
         """Home row weights [batch, 4] with the samples' own alpha; those that forked before keep theirs."""
+        self._indicators.clear()  # the fork has ended; they are as long as the pools
         if not self.chooses_alpha:
             return before
         chosen = weights.repeat(len(self.samples), 1) if before is None else before.clone()
@@ -142,7 +155,7 @@ class Reading:
     @property
     def alphas(self) -> torch.Tensor:
         """float32 [batch, 2]: alpha per modality from the layers that have been read."""
-        return alphas_of(torch.stack(self.layers))
+        return alphas_of(self.layers)
 
 
 def fading_depths(layers: torch.Tensor) -> torch.Tensor:

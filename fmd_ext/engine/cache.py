@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from fmd_ext import ops
 from fmd_ext.engine.call import Call
 from fmd_ext.engine.compiling import python_only
-from fmd_ext.engine.plan import LayerPlan, PackedArrays, Plan
+from fmd_ext.engine.packed_arrays import PackedArrays
+from fmd_ext.engine.plan import LayerPlan, Plan, TextStep, growth_of
 from fmd_ext.engine.planner import make_plan
 from fmd_ext.engine.prompt import Prompt, modality_bits
 from fmd_ext.engine.routes import Routes
@@ -27,6 +28,8 @@ from fmd_ext.engine.session import Session
 NUM_SEGMENTS = 3  # prefix, visual branch, audio branch
 UNFORKED, PREFIX_OPEN, FORKED = 0, 1, 2
 BOTH_MODALITIES = 0b11
+# [unforked or forked, segments]: those that hold a key of a text position.
+TEXT_SEGMENTS = np.array([[True, False, False], [False, True, True]])
 
 Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each [num_kv_heads, num_slots, head_dim]
 
@@ -77,7 +80,7 @@ class BranchedLayer(CacheLayerMixin):
         else:
             q_out, q, cos, sin = rotation.q_out, rotation.q, rotation.cos, rotation.sin
             ops.rope_append_(self.keys, self.values, q_out, q, k, v, cos, sin, slots)
-            call.rotation = None
+            call.rotation, call.rotated = None, rotation
         return self.keys, self.values
 
     def move(self, source: torch.Tensor, destination: torch.Tensor, num_slots: int, into: Pools | None = None) -> None:
@@ -167,6 +170,7 @@ class BranchedState:
 
     def clear(self) -> None:
         self.prompt: Prompt | None = None
+        self._last_step: TextStep | None = None  # the last call, where the plan of a next text step follows from it
         self.batch = 0
         self.logical_length = 0  # of the padded batch, as transformers counts
 
@@ -203,6 +207,9 @@ class BranchedState:
         self._open(len(labels))
         if forks is not None and self.logical_length == 0:
             self.may_fork = forks.copy()
+        if self._last_step is not None and self._last_step.room and _is_text_step(labels, announced):
+            self._next = None
+            return self._last_step.plan_of_next()
         modalities = self.modalities | modality_bits(labels) | (0 if announced is None else announced)
         opens = (self.phase == UNFORKED) & (modalities == BOTH_MODALITIES) & self.may_fork
         phase = np.where(opens, PREFIX_OPEN, self.phase)
@@ -227,9 +234,16 @@ class BranchedState:
 
     def commit(self, call: Call) -> None:
         """Adds the rows of the last plan to the state; called after its forward call has succeeded."""
-        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
         self.fork_layers, self.home_weights = call.fork_layers, call.home_weights
         self.routes = call.routes or self.routes
+        if self._next is None:
+            step = self._last_step.followed_by(call.plan)
+            self.extend(1)
+            self._last_step = step
+            return
+        self.phase, self.modalities, self.fork_table.length, self.trunk_table.length, labels = self._next
+        is_step = _is_text_step(labels)
+        self._last_step = TextStep(call.plan, growth_of(call.plan), self.text_room) if is_step else None
         is_text = labels == 0
         tail = np.where(is_text.all(1), is_text.shape[1], np.argmin(is_text[:, ::-1], axis=1))
         self.text_tail = np.where(is_text.all(1), self.text_tail + tail, tail)
@@ -249,6 +263,7 @@ class BranchedState:
 
     def _move(self, name: str, new: SegmentTable, source: np.ndarray, into: list[Pools] | None = None) -> None:
         """Takes the table ``new``; its used slots get what the old slots ``source`` hold. ``into``: pools by layer."""
+        self._last_step = None
         layers = [layer for layer in self.layers if self.table_of(layer.layer_idx) is getattr(self, name)]
         indices = PackedArrays(source=source, destination=new.slots_in_use())
         for layer in layers:
@@ -287,6 +302,7 @@ class BranchedState:
 
     def extend(self, count: int) -> None:
         """Counts ``count`` more text positions per sample, whose keys are in their slots already; negative: fewer."""
+        self._last_step = None
         self.fork_table.length = self.fork_table.length + count * self._text_segments
         self.trunk_table.length = self.trunk_table.length + count
         self.text_tail = self.text_tail + count
@@ -301,8 +317,7 @@ class BranchedState:
     @property
     def _text_segments(self) -> np.ndarray:
         """[batch, segments] bool: the segments that hold a key of every text position."""
-        forked = self.phase == FORKED
-        return np.stack([~forked, forked, forked], axis=1)
+        return TEXT_SEGMENTS[(self.phase == FORKED).astype(np.int8)]
 
     def tables_with_room(self, count: int) -> tuple[SegmentTable, SegmentTable]:
         """Tables of the layers before and after the merge with room for at least ``count`` more text positions."""
@@ -324,6 +339,11 @@ class BranchedState:
         """Copies the keys out of pools that later calls use again."""
         for layer in self.layers:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+
+def _is_text_step(labels: np.ndarray, announced: np.ndarray | None = None) -> bool:
+    """Whether a call adds one text position to every sample, and nothing that follows is announced."""
+    return labels.shape[1] == 1 and not labels.any() and (announced is None or not announced.any())
 
 
 def _frozen(

@@ -7,7 +7,8 @@ functions receive it as an argument, because their module may be a copy without 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -28,17 +29,18 @@ class Observer(Protocol):
         """Home row weights [batch, 4] of the merge, from the settings' ``weights`` [4] and those of earlier calls."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rotation:
+class Rotation(NamedTuple):
     """The rotation of queries and keys of one layer, deferred to the append op.
 
     Args:
+        query: [1, num_qo_heads, rows, head_dim], what the attention function will be given: ``q_out`` in this layout.
         q: [rows, num_qo_heads, head_dim], not rotated.
         q_out: the same shape; the append writes the rotated queries here.
         k: [1, num_kv_heads, rows, head_dim], not rotated: the tensor that the cache's ``update`` receives.
         cos, sin: [rows, head_dim].
     """
 
+    query: torch.Tensor
     q: torch.Tensor
     q_out: torch.Tensor
     k: torch.Tensor
@@ -58,6 +60,8 @@ class Call:
         observer: chooses the settings that are "auto"; None where none is, or where no sample begins to fork.
         routes: what its samples' questions need, where this call is the first to be told.
         rotation: the deferred rotation of the layer that is running; else None.
+        rotated: the last one that the append has done.
+        shared: what layers make of arguments that they are all given, by name: the argument, and what was made of it.
     """
 
     plan: Plan
@@ -66,6 +70,8 @@ class Call:
     observer: Observer | None = None
     routes: Routes | None = None
     rotation: Rotation | None = None
+    rotated: Rotation | None = None
+    shared: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def layer_plan(self, layer_idx: int) -> LayerPlan:
         """The attention of a layer."""
@@ -79,3 +85,15 @@ class Call:
         if self.observer is not None and self.is_forked(layer_idx) and self.observer.ends_fork():
             self.fork_layers = layer_idx
         return not self.is_forked(layer_idx)
+
+    def once(self, name: str, given: Any, make: Callable[..., Any], *more: Any) -> Any:
+        """``make(given, *more)``, made once as long as the layers are given the same object."""
+        held = self.shared.get(name)
+        if held is None or held[0] is not given:
+            held = self.shared[name] = (given, make(given, *more))
+        return held[1]
+
+    def close(self) -> None:
+        """Drops what was kept for the layers, which may be as long as the prompt."""
+        self.rotation = self.rotated = None
+        self.shared.clear()

@@ -11,14 +11,25 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch._C._dynamo import eval_frame  # part of torch's own library: does not import Dynamo
+
 _UNTRACED: list[Callable[..., Any]] = []
+
+
+# What Dynamo would hand the next frame to; None: nothing is being compiled, frames run as they are. Seen in torch 2.11
+# to 2.15; where it is missing, calls run untraced from Dynamo's import on.
+_callback: Callable[[], Any] = getattr(eval_frame, "get_eval_frame_callback", lambda: False)
 
 
 def as_python(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls ``function`` untraced. What it calls is not traced either, except for what is compiled by itself."""
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled yet
         return function(*args, **kwargs)
-    return _untraced()(function, args, kwargs)
+    untraced_run = _untraced()  # marks our functions, before Dynamo looks at one of them
+    if _callback() is None:
+        return function(*args, **kwargs)
+    return untraced_run(function, args, kwargs)
 
 
 # Dynamo breaks its graph here, as at a function that torch.compiler.disable made.
@@ -47,8 +58,6 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _untraced() -> Callable[..., Any]:
-    import torch
-
     skip = getattr(torch._dynamo.decorators, "skip", None)  # seen in torch 2.13
     for function in (*_UNTRACED, as_python) if skip is not None else ():
         skip(function)
@@ -57,9 +66,4 @@ def _untraced() -> Callable[..., Any]:
 
 def is_called_by_compiled_code() -> bool:
     """Whether Dynamo would compile what is called next: the caller is, or is called by, a compiled module."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    from torch._C._dynamo import eval_frame
-
-    callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)()
-    return callback not in (None, False)
+    return "torch._dynamo" in sys.modules and _callback() not in (None, False)

@@ -25,6 +25,7 @@ from fmd_ext.engine.plan import Plan
 from fmd_ext.engine.prompt import UNREAD_BRANCHES, Prompt, check_labels, covering, modality_bits
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import JOINT, PADDING, TEXT
+from fmd_ext.ops import dispatch
 
 ATTENTION_NAME = "fmd_ext"
 
@@ -58,7 +59,8 @@ def branched_attention(
             "cannot run in it"
         )
     extras = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    extras += ["sliding_window"] * is_window(kwargs.get("sliding_window"), module.config)
+    if kwargs.get("sliding_window") and is_window(kwargs["sliding_window"], module.config):
+        extras.append("sliding_window")
     if extras:
         raise TypeError(
             f"{type(module).__name__} asks for {', '.join(extras)}, which fmd_ext's attention does not have"
@@ -68,11 +70,18 @@ def branched_attention(
             f"{type(module).__name__} changes its keys after their rotation, so that the append cannot rotate them: "
             "its adapter must not name `rotary`"
         )
-    layer = call.layer_plan(module.layer_idx)
+    layer, rotated = call.layer_plan(module.layer_idx), call.rotated
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = query[0].transpose(0, 1).to(value.dtype)  # the same dtype, but for rotations under autocast
+    if rotated is not None and rotated.query is query:
+        rows = rotated.q_out
+    else:
+        rows = query[0].transpose(0, 1).to(value.dtype)  # the same dtype, but for rotations under autocast
     if call.observer is not None and call.is_forked(module.layer_idx):
         call.observer.observe(rows, key, scale)
+    if layer.max_qo_len > 1 and dispatch.prefill_path(rows.device, rows.dtype, rows.shape[-1]).name == "sdpa":
+        runs = layer.causal_runs
+        if runs is not None and runs.serves(rows.device):
+            return runs.attend(rows, key, value, scale)[None], None
     qo_rows, key_ranges = layer.get("qo_rows", rows.device), layer.get("key_ranges", rows.device)
     if layer.max_qo_len == 1:
         out, _ = ops.branched_decode(rows, key, value, qo_rows, key_ranges, scale)
@@ -100,24 +109,15 @@ class MergeHook:
         call = self.session.call
         if call is None or call.plan.num_away == 0 or not call.reaches_merge(self.layer_idx):
             return None
-        plan = call.plan
-        rows, home = plan.num_rows, plan.num_home
-
-        def home_rows(value: Any, dim: int) -> Any:
-            if isinstance(value, tuple):
-                return tuple(home_rows(item, dim) for item in value)
-            if isinstance(value, torch.Tensor) and value.dim() >= -dim and value.shape[dim] == rows:
-                return value.narrow(dim, 0, home)
-            return value
-
+        rows = call.plan.num_rows
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] == rows:
             self._merge(hidden, call)
-            hidden = home_rows(hidden, -2)
+            hidden = hidden.narrow(-2, 0, call.plan.num_home)
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         for name, dim in (("position_embeddings", -2), ("position_ids", -1)):
-            if name in kwargs:
-                kwargs[name] = home_rows(kwargs[name], dim)
+            if (given := kwargs.get(name)) is not None:
+                kwargs[name] = call.once(name, given, _home_rows, dim, call.plan)
         return args, kwargs
 
     def _merge(self, hidden: torch.Tensor, call: Call) -> None:
@@ -134,6 +134,15 @@ class MergeHook:
         ops.merge_(hidden[0], home_rows, plan.tensors.get("away_rows", device), away_weights)
 
 
+def _home_rows(value: Any, dim: int, plan: Plan) -> Any:
+    """The home rows of a tensor with all rows in dimension ``dim``, or of each tensor of a tuple; else ``value``."""
+    if isinstance(value, tuple):
+        return tuple(_home_rows(item, dim, plan) for item in value)
+    if isinstance(value, torch.Tensor) and value.dim() >= -dim and value.shape[dim] == plan.num_rows:
+        return value.narrow(dim, 0, plan.num_home)
+    return value
+
+
 class ForkedDecoder:
     """Runs a text decoder's own forward on packed rows. One per patched decoder."""
 
@@ -145,11 +154,7 @@ class ForkedDecoder:
         self.cache_name = cache_argument(self.signature)
 
     def __call__(self, decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self.session.lock:
-            return self._run(decoder, arguments_by_name(self.signature, args, kwargs))
-
-    def _run(self, decoder: nn.Module, given: dict[str, Any]) -> Any:
-        """``given``: the arguments of the call by name; they become those of the decoder's own forward."""
+        given = arguments_by_name(self.signature, args, kwargs)  # they become those of the decoder's own forward
         return_dict = given.pop("return_dict", None)
         use_cache = given.pop("use_cache", None)
         if use_cache is None:
@@ -183,6 +188,7 @@ class ForkedDecoder:
         given["fmd_call"] = call  # attention modules may be copies, which have no session
         with self.session.running(call):
             out = self.original(**given)
+        call.close()
         if not is_prepared:
             state.commit(call)
         self.session.last_call = call
@@ -302,10 +308,13 @@ class ForkedDecoder:
             given = torch.arange(past, past + plan.length, device=embeds.device)[None]
         if given.shape[-1] != plan.length:
             raise ValueError(f"position_ids are for {given.shape[-1]} positions, the call has {plan.length}")
-        flat = given.expand(*given.shape[:-2], plan.batch, plan.length).reshape(*given.shape[:-2], -1)
+        lead = given.shape[:-2]
+        if given.dim() < 2 or given.shape[-2] != plan.batch:
+            given = given.expand(*lead, plan.batch, plan.length)
+        flat = given.reshape(*lead, 1, -1)
         if plan.num_away or not plan.is_dense:
             flat = flat.index_select(-1, plan.tensors.get("positions", flat.device))
-        return flat.unsqueeze(-2)
+        return flat
 
 
 def arguments_by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,12 @@ def unpack_outputs(out: ModelOutput, plan: Plan, cache: Any) -> ModelOutput:
     values = {
         name: _unpacked(name, value, plan) for name, value in out.items() if name != cache_name() and value is not None
     }
-    return type(out)(**values, **cache_kwargs(cache))
+    if cache is None or getattr(out, cache_name(), None) is not cache:
+        return type(out)(**values, **cache_kwargs(cache))
+    # The same object: to make another costs more than all else that this module does in a decode step.
+    for name, value in values.items():
+        out[name] = value
+    return out
 
 
 def _unpacked(name: str, value: Any, plan: Plan) -> Any:
@@ -43,9 +48,10 @@ def unpack_rows(rows: torch.Tensor | None, plan: Plan) -> torch.Tensor | None:
     """Home rows of [1, rows, ...] as [batch, length, ...]; padding is zero."""
     if rows is None:
         return None
-    home = rows[0, : plan.num_home]
     if plan.is_dense:
-        return home.unflatten(0, (plan.batch, plan.length))
+        home = rows if rows.shape[1] == plan.num_home else rows.narrow(1, 0, plan.num_home)
+        return home if plan.batch == 1 else home.reshape(plan.batch, plan.length, *rows.shape[2:])
+    home = rows[0, : plan.num_home]
     padded = home.new_zeros((plan.batch * plan.length, *home.shape[1:]))
     padded[plan.tensors.get("positions", home.device)[: plan.num_home]] = home
     return padded.unflatten(0, (plan.batch, plan.length))

@@ -3,48 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-
-class PackedArrays:
-    """int64 arrays of any shapes in one flat buffer, so that they reach a device in one copy.
-
-    ``get`` gives views of the buffer on a device, which show what is changed in the buffer in place.
-    """
-
-    def __init__(self, **arrays: np.ndarray) -> None:
-        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size = 0
-        for name, array in arrays.items():
-            self._places[name] = (size, array.shape)
-            size += array.size
-        self.host = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()]))
-        self._buffers: dict[torch.device, torch.Tensor] = {}
-        self._views: dict[tuple[str, torch.device], torch.Tensor] = {}
-
-    def get(self, name: str, device: torch.device) -> torch.Tensor:
-        key = (name, device)
-        if key not in self._views:
-            if device not in self._buffers:
-                self._buffers[device] = self.host.to(device, non_blocking=True)
-            self._views[key] = self.view(name, self._buffers[device])
-        return self._views[key]
-
-    def view(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
-        """The array ``name`` in a flat ``buffer`` laid out like this one."""
-        start, shape = self._places[name]
-        return buffer[start : start + int(np.prod(shape))].view(shape)
-
-    def keep_on(self, device: torch.device) -> torch.Tensor:
-        """The buffer on ``device``, a copy of its own that may be changed in place, call after call.
-
-        For plans whose tensors outlive the call that they were made for; called before any ``get``.
-        """
-        with torch.inference_mode(False):  # else it could not be changed outside of inference mode
-            self._buffers[device] = torch.empty(self.host.shape, dtype=torch.int64, device=device)
-        return self._buffers[device].copy_(self.host)
+from fmd_ext.engine.causal_runs import CausalRuns
+from fmd_ext.engine.packed_arrays import PackedArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +32,14 @@ class LayerPlan:
 
     def get(self, name: str, device: torch.device) -> torch.Tensor:
         return self.arrays.get(f"{self.kind}.{name}", device)
+
+    @functools.cached_property
+    def causal_runs(self) -> CausalRuns | None:
+        """The same attention as squares of causal attention; None where it is not that."""
+        names = ("qo_rows", "cu_seqlens_q", "key_ranges", "slots")
+        host = (self.arrays.view(f"{self.kind}.{name}", self.arrays.host).numpy() for name in names)
+        qo_rows, cu_seqlens_q, key_ranges, slots = host
+        return CausalRuns.of(qo_rows, cu_seqlens_q, key_ranges, len(slots))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +88,45 @@ class Plan:
     def has_masked_rows(self) -> bool:
         """Some away row is a masked audio-visual position, not text."""
         return bool(self.away_modality.any())
+
+
+class TextStep(NamedTuple):
+    """A call that has added one text position to every sample. The plan of a next one follows from its plan.
+
+    Args:
+        plan: of the call.
+        growth: what one more position adds to the plan's numbers; see `growth_of`.
+        room: text positions that fit into every segment behind it.
+    """
+
+    plan: Plan
+    growth: torch.Tensor
+    room: int
+
+    def plan_of_next(self) -> Plan:
+        """The plan of one text position more in every sample, as the planner would make it."""
+        plan = self.plan
+        tensors = plan.tensors.plus(self.growth, CONSTANT)
+        fork, trunk = (dataclasses.replace(part, arrays=tensors) for part in (plan.fork, plan.trunk))
+        return dataclasses.replace(plan, tensors=tensors, fork=fork, trunk=trunk)
+
+    def followed_by(self, plan: Plan) -> TextStep:
+        """The step whose ``plan`` `plan_of_next` has given."""
+        return TextStep(plan, self.growth, self.room - 1)
+
+
+# Arrays of a plan that are the same in the next text step.
+CONSTANT = frozenset(
+    ("positions", "home_rows", "away_rows", "away_modality")
+    + tuple(f"{kind}.{name}" for kind in ("fork", "trunk") for name in ("qo_rows", "cu_seqlens_q"))
+)
+
+
+def growth_of(plan: Plan) -> torch.Tensor:
+    """What a text position more adds to the buffer of ``plan.tensors``, where the plan adds one to every sample: a key
+    in the segment of every row, appended one slot further."""
+    growth = torch.zeros_like(plan.tensors.host)
+    for kind in ("fork", "trunk"):
+        plan.tensors.view(f"{kind}.slots", growth).fill_(1)
+        plan.tensors.view(f"{kind}.key_ranges", growth)[:, 1] = 1
+    return growth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Prompt:
         """Returns the prompt itself: a copied cache belongs to the same prompt."""
         return self
 
-    @property
+    @functools.cached_property
     def has_content(self) -> bool:
         """Whether any position is visual, audio or joint."""
         return self.labels is not None and bool((self.labels > TEXT).any())

@@ -42,6 +42,21 @@ class OneAtATime:
         )
 
 
+class _Holding(contextlib.AbstractContextManager):
+    """A context in which an attribute has another value. Not by a generator, which costs several times as much: two are
+    entered in every decode step."""
+
+    def __init__(self, holder: Any, name: str, value: Any) -> None:
+        self.holder, self.name, self.value = holder, name, value
+
+    def __enter__(self) -> None:
+        self.before = getattr(self.holder, self.name)
+        setattr(self.holder, self.name, self.value)
+
+    def __exit__(self, *exception: object) -> None:
+        setattr(self.holder, self.name, self.before)
+
+
 class Session:
     """State that the replaced methods of one patched model share.
 
@@ -103,14 +118,8 @@ class Session:
         """The context in which the decoder's layers run ``call``."""
         return self._holding("call", call)
 
-    @contextlib.contextmanager
-    def _holding(self, name: str, value: Any) -> Iterator[None]:
-        before = getattr(self, name)
-        setattr(self, name, value)
-        try:
-            yield
-        finally:
-            setattr(self, name, before)
+    def _holding(self, name: str, value: Any) -> contextlib.AbstractContextManager:
+        return _Holding(self, name, value)
 
     def open_call(self, plan: Plan, labels: np.ndarray, state: Any) -> Call:
         """The call that runs ``plan`` over the cache of ``state``."""

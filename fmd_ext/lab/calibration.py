@@ -85,7 +85,7 @@ def read_prompt(
         reading = handle.last_call.observer
     if reading is None:
         return None
-    layers = torch.stack(reading.layers)
+    layers = reading.layers
     if layers.shape[1] != 1:
         raise ValueError(f"prompts are read one at a time, got {layers.shape[1]}")
     return PromptReading(layers[:, 0].cpu(), cluster)

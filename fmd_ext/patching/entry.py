@@ -17,6 +17,7 @@ from fmd_ext.engine.prompt import Prompt, check_labels, covering
 from fmd_ext.engine.routes import Routes
 from fmd_ext.engine.session import Session
 from fmd_ext.labels import TEXT
+from fmd_ext.patching.fusions.kept_logits import KeptLogits
 from fmd_ext.patching.labelling import (
     LabelReader,
     cached,
@@ -39,8 +40,10 @@ class _Entry:
         read_labels: LabelReader | None,
         asking: Asking | None = None,
         branch_inputs: str = "",
+        kept: KeptLogits | None = None,
     ) -> None:
         self.session = session
+        self.kept = KeptLogits() if kept is None else kept
         self.read_labels = read_labels
         self.asking = asking
         self.branch_inputs = branch_inputs
@@ -72,7 +75,7 @@ class EntryForward(_Entry):
     def __call__(
         self, module: nn.Module, *args: Any, modality_labels: Any = None, branch_embeds: Any = None, **kwargs: Any
     ) -> Any:
-        with self.session.lock:
+        with self.kept.of(kwargs):
             return self._run(module, args, kwargs, modality_labels, branch_embeds)
 
     def _run(
@@ -83,24 +86,27 @@ class EntryForward(_Entry):
             return self.original(*args, **kwargs)
         refuse_gradients(module)
         call = self.arguments(args, kwargs)
+        past = cached(call)
+        length = _length(call, past)
         with torch.no_grad():
-            prompt = self._prompt(call, modality_labels)
-            if self.asking is not None and not cached(call) and (prompt is None or prompt.routes is None):
+            prompt = self._prompt(call, modality_labels, past, length)
+            if self.asking is not None and not past and (prompt is None or prompt.routes is None):
                 routes = self.routes(call.get("input_ids"), None if prompt is None else prompt.labels)
                 prompt = prompt and prompt.with_routes(routes)
             if self.branch_inputs and branch_embeds is None:
                 call = getattr(module, self.branch_inputs)(session.config.mask_scale, **call)
                 branch_embeds = call.pop("branch_embeds", None)
             if branch_embeds is not None:
-                prompt = (prompt or Prompt(None)).with_branches(branch_embeds, cached(call))
-            with session.receiving(prompt or Prompt(None), _length(call)):
+                prompt = (prompt or Prompt(None)).with_branches(branch_embeds, past)
+            with session.receiving(prompt or Prompt(None), length):
                 return self.original(**call)
 
-    def _prompt(self, call: dict[str, Any], modality_labels: Any) -> Prompt | None:
-        """The prompt of a call. Labels given by hand come first, then those of the `generate` call that it belongs to,
-        those of the context, and those read off the call's own ids (or embeddings) and features."""
-        ids, embeds, past = call.get("input_ids"), call.get("inputs_embeds"), cached(call)
-        given, length = embeds if ids is None else ids, _length(call)
+    def _prompt(self, call: dict[str, Any], modality_labels: Any, past: int, length: int) -> Prompt | None:
+        """The prompt of a call of ``length`` positions, ``past`` cached ones included. Labels given by hand come first,
+        then those of the `generate` call that it belongs to, those of the context, and those read off the call's own
+        ids (or embeddings) and features."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        given = embeds if ids is None else ids
         if modality_labels is not None:
             return Prompt(covering(check_labels(modality_labels), length))
         generating, context = self.session.generating, self.session.labels_of_context
@@ -209,10 +215,10 @@ class EntryGenerate(_Entry):
         return self.routes(ids, labels)
 
 
-def _length(call: dict[str, Any]) -> int:
-    """Positions of a forward call's ids or embeddings, and those that its cache holds."""
+def _length(call: dict[str, Any], past: int) -> int:
+    """Positions of a forward call's ids or embeddings, and the ``past`` ones that its cache holds."""
     given = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
-    return cached(call) + (0 if given is None else given.shape[1])
+    return past + (0 if given is None else given.shape[1])
 
 
 def _shifted(labels: torch.Tensor, past: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from fmd_ext.ops import dispatch
 from fmd_ext.patching.branched_config import BranchedConfig
 from fmd_ext.patching.deepstack import PackedDeepstack
 from fmd_ext.patching.entry import EntryForward, EntryGenerate
+from fmd_ext.patching.fusions.kept_logits import KeptLogits
 from fmd_ext.patching.fusions.put_on import Fusion, none_on, put_on
 from fmd_ext.patching.installation import Installation, no_context
 from fmd_ext.patching.labelling import LabelReader, cached
@@ -38,7 +39,9 @@ class Handle:
         adapter: the `Adapter` that serves the model.
         runner: the `DecodeRunner`; its ``last`` tells what the last ``generate`` call's decode steps ran on, and why.
         fusions: what runs as fewer, larger ops, by name: ``rotation`` (within the append), ``norms``, ``qkv`` and
-            ``gate_up`` (linears as one product); each a `Fusion` that says where, and why not elsewhere.
+            ``gate_up`` (linears as one product), ``windows`` (attention of encoders), ``mlp_chunks`` (the MLPs of many
+            rows, some at a time), ``kept_logits`` (those that ``generate`` reads, no others); each a `Fusion` that says
+            where, and why not elsewhere.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Handle:
         self._asking = None if router is None else Asking(self.session, self.entry, self.decoder, router)
         self.wants_fusions = fusions
         self.fusions: dict[str, Fusion] = none_on("the decoder runs as it is")
+        self._kept = KeptLogits()
         self.installation = Installation(self.session)
         self.row_counters = RowCounters(self.session, self.decoder)
         self._claims = 0  # number of `patch` calls that returned this handle, minus the `with` blocks that have ended
@@ -171,6 +175,7 @@ class Handle:
                         labels,
                         self._asking,
                         self.adapter.branch_inputs,
+                        self._kept,
                         context=no_context,
                     )
                 if hasattr(self.entry, "generate"):
@@ -192,7 +197,7 @@ class Handle:
             put.override(decoder, self.adapter.deepstack, PackedDeepstack)
         for module in (decoder, *(m for layer in decoder.layers for m in attention_modules(layer, self.adapter))):
             put.branch_config(module)
-        self.fusions = put_on(put, decoder, self.adapter, self.wants_fusions)
+        self.fusions = put_on(put, self.entry, decoder, self.adapter, self.wants_fusions, self._kept)
         first = self.config.fork_layers if isinstance(self.config.fork_layers, int) else 1  # auto forks at least one
         for index, module in list(enumerate((*decoder.layers, decoder.norm)))[first:]:
             put.pre_hook(module, MergeHook(self.session, index))
@@ -234,7 +239,7 @@ def patch(
     """Switches fork-merge decoding on for ``model`` (this instance only).
 
     Until `unpatch`, the decoder's attention modules read the ``attn_implementation`` ``"fmd_ext"``, whatever the model
-    was loaded with; encoders, and the model's own config, keep theirs.
+    was loaded with; the model's own config keeps its own, and so do encoders without the fusion ``windows``.
 
     Args:
         model: a supported transformers model: see ``fmd_ext.adapters.ADAPTERS``. The full Qwen2.5-Omni is patched in
@@ -248,8 +253,8 @@ def patch(
         runner: whether ``generate`` decodes over static buffers, on CUDA by replaying a captured graph. Default: on
             CUDA, with ``fork_layers`` above 0. True: on any device, and with 0 fork layers too, which then run on
             fmd_ext's attention. A call that cannot be run so takes the usual path, with one warning that says why.
-        fusions: whether parts of the decoder run as fewer, larger ops, with the same results up to rounding. Default:
-            those that are not slower on its device. True: all. False: none. ``handle.fusions`` says which are on.
+        fusions: whether parts of decoder and encoders run as fewer, larger ops, with the same results up to rounding.
+            Default: those that are not slower on the device. True: all. False: none. ``handle.fusions`` says which.
         **overrides: fields of `FMDConfig` that replace those of ``config``.
 
     Returns:

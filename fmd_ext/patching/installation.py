@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -134,6 +134,7 @@ class Installation:
         self.session = session
         self.is_removed = False
         self._changes: list[Change] = []
+        self._guarded: list[Change] = []  # those of them that users call
         self._hooks: list[Any] = []
         self._afterwards: list[Callable[[], None]] = []
         self._seen: dict[int, tuple[int, int]] = {}
@@ -168,7 +169,10 @@ class Installation:
         replacement = factory(self.session, original, *more)
         held[OVERRIDES][method] = replacement if context is None else Guarded(self, replacement, context)
         ours = types.MethodType(_calling_override(method, original), module)
-        self._change(Change(module, name, held.get(name, Absent), ours, method, original))
+        change = Change(module, name, held.get(name, Absent), ours, method, original)
+        self._change(change)
+        if context is not None:
+            self._guarded.append(change)
 
     def pre_hook(self, module: nn.Module, hook: Any) -> None:
         self._hooks.append(module.register_forward_pre_hook(PythonHook(hook), with_kwargs=True))
@@ -191,11 +195,11 @@ class Installation:
     @property
     def replaced(self) -> list[str]:
         """The methods for users (`forward`, `generate`) whose calls no longer reach our replacement."""
-        return [str(change) for change in self._guarded() if not change.still_runs]
+        return [str(change) for change in self._guarded if not change.still_runs]
 
     def refuse_replaced(self) -> None:
         """Raises RuntimeError where something else has replaced one of the two forwards that fork a call."""
-        for index, change in enumerate(self._guarded()):
+        for index, change in enumerate(self._guarded):
             held = change.module.__dict__
             now = id(held.get(change.method)), id(held.get(UNDER_HOOK))
             if change.method != "forward" or self._seen.get(index) == now:
@@ -216,11 +220,6 @@ class Installation:
                 type(module).__name__,
             )
 
-    def _guarded(self) -> Iterator[Change]:
-        for change in self._changes:
-            if change.method and isinstance(change.module.__dict__.get(OVERRIDES, {}).get(change.method), Guarded):
-                yield change
-
     # --- taking off -------------------------------------------------------------------------------------------------
 
     def remove(self, *roots: nn.Module) -> None:
@@ -237,7 +236,7 @@ class Installation:
             )
         for function in self._afterwards:
             function()
-        self._hooks, self._changes, self._afterwards, self.is_removed = [], [], [], True
+        self._hooks, self._changes, self._guarded, self._afterwards, self.is_removed = [], [], [], [], True
         for module in (module for root in roots for module in root.modules()):
             _strip(module)
 

@@ -60,17 +60,22 @@ def served_settings(vllm_config: VllmConfig) -> FMDConfig:
     else:
         raise TypeError(f"{FILE_KEY} in --additional-config must be settings or the path of a file, got {given!r}")
     settings = asked.resolve(FMDConfig(), vllm_config.model_config.hf_text_config.num_hidden_layers)
+    refuse_unservable(settings)
+    return settings
+
+
+def refuse_unservable(settings: FMDConfig) -> None:
+    """Raises ValueError for a setting that the library takes and a server cannot; those not given yet are no fault."""
     for name in ("fork_layers", "alpha", "text_weight"):
         if getattr(settings, name) == AUTO or (name == "text_weight" and settings.asks):
             raise ValueError(
                 f"{name}={getattr(settings, name)!r} is chosen per prompt and cannot be served; give a number"
             )
-    if settings.masking != "zero":
+    if settings.masking not in (None, "zero"):
         raise ValueError(
             f"masking={settings.masking!r} cannot be served: a block of vLLM's cache holds a branch's whole sequence, "
             "masked positions included; accepted is 'zero'"
         )
-    return settings
 
 
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def test_the_first_line_says_that_the_toy_model_answers(fmd, command):
         (("eval", "--benchmark", "avqa", "--data", "."), "scipy", "pip install 'fmd-ext[eval]'"),
         (("eval", "--score-only", "--output", "out"), "scipy", "pip install 'fmd-ext[eval]'"),
         (("calibrate", "--benchmark", "avqa", "--data", "."), "scipy", "pip install 'fmd-ext[eval]'"),
+        (("compare", "results.json"), "scipy", "pip install 'fmd-ext[eval]'"),
         (("curves", "out"), "matplotlib", "pip install 'fmd-ext[plots]'"),
         (("curves", "out"), "scipy", "pip install 'fmd-ext[eval]'"),
     ],

@@ -229,6 +229,16 @@ def test_a_sample_that_forks_later_chooses_for_itself(model, eager):
     assert weights[1, 1:3].tolist() == pytest.approx(expected, abs=1e-5) and abs(expected[0] - expected[1]) > 1e-3
 
 
+def test_a_layer_is_read_by_one_call_over_the_rows_that_are_read(model, monkeypatch):
+    """What is read grows with neither the rows of the prompt nor the number of ops; an empty cache is a prefill."""
+    calls, decode = [], auto.ops.branched_decode
+    monkeypatch.setattr(auto.ops, "branched_decode", lambda q, *args: calls.append(len(q)) or decode(q, *args))
+    handle = fmd_ext.patch(model, fork_layers=3, alpha="auto")
+    model(**build_inputs([VIDEO_AUDIO, TEXT_ONLY, AUDIO_VIDEO]))
+    assert calls == [4] * 3  # both branches of two samples, in three layers
+    assert handle.last_call.observer._indicators == {}  # what is as long as the pools is not kept
+
+
 def test_nothing_read_is_as_if_both_versions_were_read_alike():
     assert auto.alphas_of(torch.zeros(3, 1, 2, 2)).tolist() == [[0.75, 0.75]]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fmd_ext
-from fmd_ext.lab.bench import machine, report, timing
+from fmd_ext.lab.bench import machine, memory, report, timing
 from fmd_ext.lab.bench.__main__ import OPS, build_cases, main
 from fmd_ext.lab.bench.cases import Candidate, Case, run_case
 from fmd_ext.lab.bench.checking import Reference, WrongOutput, row_error
@@ -20,6 +20,7 @@ from fmd_ext.lab.bench.models import sharing_weights
 from fmd_ext.lab.bench.page import BEGIN, END, page, with_figures
 from fmd_ext.lab.bench.page import main as page_main
 from fmd_ext.lab.bench.timing import MAX_ROUNDS, MIN_ROUNDS, Spread, Step, interleave, ratios, rounds_for
+from fmd_ext.patching.fusions import row_chunks
 from paths import ROOT
 
 CPU = torch.device("cpu")
@@ -38,7 +39,8 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
     assert {name.partition("/")[0] for name in candidates} == set(OPS)
     attention = ["fmd_ext", "eager PyTorch", "SDPA per branch"]
     for variant in ("merged", "zero", "attention"):
-        assert candidates[f"branched_prefill/{variant}"] == candidates[f"branched_decode/{variant}"] == attention
+        assert candidates[f"branched_decode/{variant}"] == attention
+        assert candidates[f"branched_prefill/{variant}"] == ["fmd_ext", "fmd_ext, causal runs", *attention[1:]]
     models = ["vanilla", "attention masking", "zero masking", "zero masking, alpha auto", "two passes"]
     models += ["attention masking, asked first", "zero masking, no fusions", "zero masking, all fusions"]
     assert candidates["model_prefill/tiny"] == models
@@ -53,6 +55,28 @@ def test_quick_run_measures_every_op_against_its_alternatives(quick):
             assert candidate["error"] < 1e-5
             assert index or set(ratio.values()) == {1.0}
             assert 0 < candidate["of_peak"] and case["work"]["bytes"] > 0
+
+
+def test_memory_of_a_long_prompt_is_measured_beside_the_unpatched_models(quick):
+    (case,) = quick["memory"]
+    assert case["case"] == "model_memory/4500" and case["shapes"]["rows"] == 4500 and case["revision"]["commit"]
+    bytes_of = {candidate["name"]: candidate["bytes"] for candidate in case["candidates"]}
+    assert list(bytes_of) == list(memory.WAYS)
+    # An MLP of half the rows at a time, and logits of one position: less than the unpatched model, which makes all.
+    for way in ("attention masking", "zero masking"):
+        assert 1 << 20 < bytes_of[way] < 0.9 * bytes_of[f"{way}, no fusions"]
+    for candidate in case["candidates"]:
+        assert candidate["ratio"] == candidate["bytes"] / bytes_of["vanilla"]
+
+
+def test_memory_of_a_wrong_model_is_not_reported(monkeypatch):
+    original = row_chunks.in_chunks
+    monkeypatch.setattr(row_chunks, "in_chunks", lambda mlp, rows, size: 1.01 * original(mlp, rows, size))
+    monkeypatch.setattr(row_chunks, "MOST_ROWS", 100)
+    monkeypatch.setattr(row_chunks, "differs", lambda mlp: "")
+    with torch.inference_mode():
+        case = memory.measure("tiny", 300, torch.float32, CPU)
+    assert set(case) == {"case", "shapes", "error"} and "attention masking: relative error" in case["error"]
 
 
 def test_json_says_where_and_with_what(quick):

@@ -66,6 +66,10 @@ def test_the_whole_chain(fmd, data, tmp_path, monkeypatch, benchmark, table):
     assert code == 0 and "fmd L3 = fmd:fork_layers=3" in out
     assert (tmp_path / "shares/0-of-1.jsonl").read_bytes().startswith(before[tmp_path / "shares/0-of-1.jsonl"])
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 3 * asked
+    sent = (tmp_path / "results.json").read_text()
+    about = json.loads(sent)["run"]["about"]
+    assert about["device"] == "cpu" and about["versions"]["transformers"] and len(about["model_fingerprint"]) == 64
+    assert str(tmp_path) not in sent and str(data) not in sent and str(data.parent) not in sent
     code, scored, _ = fmd("--score-only", "--output", tmp_path)
     assert code == 0 and f"\n{asked} of {asked} questions answered by every method\n" in scored
     assert f"answer cut off: {asked} by vanilla" in scored  # after three tokens

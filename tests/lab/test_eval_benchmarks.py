@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,8 @@ from eval_data import (
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, load, select
 from fmd_ext.lab.eval.benchmarks.avhbench import TASKS
 from fmd_ext.lab.eval.benchmarks.base import Findings
+
+WHOLE = os.environ.get("FMD_EXT_BENCHMARKS")
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +293,21 @@ def test_official_forms_load_with_their_published_counts(tmp_path, name):
     fewer = made_up(name)[:-1]
     write_json(tmp_path / FILES[name], fewer)
     assert any("none of the published numbers" in line for line in load(name, tmp_path).count_report())
+
+
+@pytest.mark.skipif(WHOLE is None, reason="FMD_EXT_BENCHMARKS names no folder with the whole published files")
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_whole_published_file_has_its_published_counts(name):
+    """Below FMD_EXT_BENCHMARKS each benchmark has a folder of its name; what differs in senses shares one."""
+    folder = Path(WHOLE) / name.removesuffix("-deduplicated").removesuffix("-picture").removesuffix("-sound")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    loaded = load(name, folder)
+    report = loaded.count_report()
+    if loaded.benchmark.published:
+        assert report[0].startswith("as many questions as published"), report
+    assert report[1:] == [] and loaded.malformed == []
+    assert {item.kind for item in loaded.items} <= {"yes-no", "choice", "word", "caption"}
 
 
 def test_a_task_of_another_size_is_told(tmp_path):

@@ -106,7 +106,7 @@ def test_official_records_hold_the_question_and_the_response(folders, name):
     said = [(item, f"reply to {item.id}") for item in loaded.items]
     rows = OFFICIAL[name](said)
     flat = [question for row in rows for question in row["questions"]] if name == "video-mme" else rows
-    assert [row["response"] for row in flat] == [raw for _, raw in said]
+    assert [row["pred" if name == "cmm" else "response"] for row in flat] == [raw for _, raw in said]
     assert set(OFFICIAL) == set(BENCHMARKS)
     if name == "video-mme":
         assert rows[0]["video_id"] == "fFjv93ACGo8" and flat[0]["options"][2] == "C. Three."
@@ -124,7 +124,7 @@ def test_official_records_hold_the_question_and_the_response(folders, name):
         assert [(row["audio_path"], row["video_path"]) for row in rows[:2]] == paths
         assert [row["answer"] for row in rows] == ["yes", "no", "no"] and rows[2]["video_path"] == "visual-audio/c.mp4"
     elif name.startswith("daily-omni"):
-        keys = ("video_id", "Question", "Choice", "Answer", "Type")
+        keys = ("video_id", "Question", "Choice", "Answer", "Type", "video_category", "video_duration")
         assert [{key: row[key] for key in keys} for row in rows] == [
             {key: record[key] for key in keys} for record in records(name)
         ]
@@ -152,11 +152,27 @@ def test_tables_for_spreadsheets_and_papers(results):
     assert float(row["difference"]) == pytest.approx(cell.comparison.difference.value, rel=1e-5)
     assert float(row["p"]) == pytest.approx(cell.comparison.p_value) and row["precision"] == "1"
     first = next(row for row in rows if row["method"] == "A&B_50%")
-    assert first["difference"] == "" and first["adjusted_p"] == ""
+    assert first["difference"] == "" and first["adjusted_p"] == "" and first["reading"] == "ours"
     latex = as_latex(evaluation)
     assert r"all & A\&B\_50\% & fmd $\alpha$0.9 \\" in latex and latex.count(r"\toprule") == 2
     half = 50 * (cell.accuracy.high - cell.accuracy.low)
     assert f"& 100.0 $\\pm$ {half:.1f} \\\\" in latex
+
+
+def test_cmm_is_exported_as_its_script_reads_it(folders, tmp_path):
+    """A record per line, the reply as ``pred``; counted as that script counts, it has our official figures."""
+    loaded, results = load("cmm", folders / "cmm"), Results(tmp_path / "results")
+    replies = dict(zip([item.id for item in loaded.items], ["I know", "I know", "Yes."], strict=True))
+    take_in(results, loaded, loaded.items, {"theirs": replies}, {"theirs": "x"})
+    evaluation = evaluate(results, protocol="official")
+    export(results, evaluation, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out/official-theirs.json").read_text().splitlines()]
+    right = [row["answer"].lower() in row["pred"].strip().lower()[:5] for row in rows]
+    assert right == [False, True, False]
+    assert evaluation.tables[0].rows[ALL]["theirs"].accuracy.value == pytest.approx(sum(right) / 3)
+    measures = {name: cells["theirs"].accuracy.value for name, cells in evaluation.tables[1].rows.items()}
+    assert measures == {"perception accuracy": 0.0, "hallucination resistance": 0.5}
+    assert evaluation.averages["measure"]["theirs"].value == 0.25
 
 
 def test_names_that_differ_in_signs_alone_are_told_apart(loaded, tmp_path):

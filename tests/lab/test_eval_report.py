@@ -233,4 +233,5 @@ def test_sparse_results_have_a_report(tmp_path, benchmark, said, protocol):
     text = render(results, evaluation)
     unparsed = evaluation.tables[0].rows[ALL]["fmd"].unparsed
     assert unparsed == said.count("hm") / len(said) and f">{100 * unparsed:.1f}</td>" in text
-    assert ("as the benchmark's own script reads them" in text) == (protocol == "official")
+    assert (">reading: official: " in text) == (protocol == "official")
+    assert (">reading: ours, " in text) == (protocol == "ours") and ">beside it " in text

@@ -13,7 +13,7 @@ from fmd_ext.lab.eval import captions, statistics
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Prediction, Results, ResultsError, Share
 from fmd_ext.lab.eval.scores import ALL, evaluate, write_scores
-from fmd_ext.lab.eval.wording import caption_against
+from fmd_ext.lab.eval.wording import caption_against, reading_lines, short_names
 
 TASKS = ("AV Matching", "Audio-driven Video Hallucination")
 
@@ -266,11 +266,37 @@ def test_the_official_protocols_read_as_the_scripts_do(tmp_path):
     texts = ["It is (A) or (B)", "it is certainly the little dog", "nothing", "B."]
     cell = official(tmp_path / "c", "worldsense", texts, CHOICES)
     assert (cell.accuracy.value, cell.unparsed) == (0.75, 0.0)
+    # CMM: the label in the first five characters; Daily-Omni: the first letter, of what follows "assistant".
+    cell = official(tmp_path / "d", "cmm", ["I know", "Well, no", " NO.", "yes, no"], items)
+    assert (cell.accuracy.value, cell.unparsed) == (0.5, 0.25)
+    texts = ["Both of them", "assistant\n b", "The answer is B", "(B)"]
+    cell = official(tmp_path / "e", "daily-omni", texts, CHOICES)
+    assert (cell.accuracy.value, cell.unparsed) == (0.5, 0.5)
     with pytest.raises(
         ResultsError,
-        match="AVQA has no script of its own that reads text.*avhbench, avhbench-deduplicated, video-mme, worldsense",
+        match="AVQA has no script of its own that reads text.*avhbench, avhbench-deduplicated, video-mme, worldsense, "
+        "cmm, daily-omni",
     ):
-        official(tmp_path / "d", "avqa", ["B"] * 4, CHOICES)
+        official(tmp_path / "f", "avqa", ["B"] * 4, CHOICES)
+
+
+def test_the_other_reading_is_told_beside(tmp_path):
+    """Of the same answers: what each protocol makes of them, and in how many they differ."""
+    items = [Item(f"i{i}", f"v{i}", None, "?", "yes-no", "no", (), {"task": "t"}) for i in range(4)]
+    results = make(
+        tmp_path, {"vanilla": ["I know", "No", "yes", "hm"], "fmd": ["No"] * 4}, benchmark="cmm", items=items
+    )
+    ours, theirs = evaluate(results), evaluate(results, protocol="official")
+    assert [found.accuracy.value for found in ours.reread.values()] == [0.5, 1.0]
+    assert [found.accuracy.value for found in theirs.reread.values()] == [0.25, 1.0]
+    assert [found.otherwise for found in ours.reread.values()] == [1, 0]
+    names = short_names(ours.methods)
+    source = "the authors' evaluation/calculate_score.py"
+    first, second = reading_lines(ours, names)
+    assert first == "reading: ours, as a person reads"
+    assert second.startswith(f"beside it official: {source}: vanilla 50.0 (") and "1 answers read otherwise" in second
+    assert reading_lines(theirs, names)[0] == f"reading: official: {source}"
+    assert evaluate(make(tmp_path / "avqa", {"vanilla": ["B"] * 4}, benchmark="avqa", items=CHOICES)).reread == {}
 
 
 def test_unread_answers_are_left_out_in_pairs(tmp_path):

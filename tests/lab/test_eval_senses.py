@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
+import av
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from fmd_ext.lab.eval.benchmarks import BENCHMARKS, load
 from fmd_ext.lab.eval.clips import ClipInputs, Reading, clip_of
 from fmd_ext.lab.eval.exports import OFFICIAL
 from fmd_ext.lab.eval.predictions import _item, _written
-from fmd_ext.lab.lmms_eval.tasks import write_task
+from fmd_ext.lab.eval.whole_files import whole_file
 from fmd_ext.lab.tiny import tiny_processor
 
 NAMES = ("cmm", "daily-omni", "daily-omni-picture", "daily-omni-sound")
@@ -142,10 +144,24 @@ def test_the_reports_examples_show_what_the_model_was_given(folders):
 
 
 def test_daily_omni_has_its_published_counts(tmp_path):
-    types = BENCHMARKS["daily-omni"].published_groups["type"]
-    rows = [dict(records("daily-omni")[0], Type=kind) for kind, count in types.items() for _ in range(count)]
+    types, durations = (
+        [value for value, count in BENCHMARKS["daily-omni"].published_groups[name].items() for _ in range(count)]
+        for name in ("type", "duration")
+    )
+    rows = [
+        dict(records("daily-omni")[0], Type=kind, video_duration=duration)
+        for kind, duration in zip(types, durations, strict=True)
+    ]
     write_json(tmp_path / "qa.json", rows)
     assert load("daily-omni", tmp_path).count_report() == ["as many questions as published (qa.json)"]
+
+
+@pytest.mark.parametrize("name, given", [("daily-omni", "video"), ("daily-omni-sound", "audio")])
+def test_daily_omni_is_asked_as_its_authors_ask(folders, name, given):
+    lines = load(name, folders[name]).items[0].prompt.splitlines()
+    assert len(lines) == 5 and lines[0].endswith(f"based on the given {given}.")
+    assert lines[2] == "Question: Which sound follows the red car?"
+    assert lines[3] == "Choices: " + str(records("daily-omni")[0]["Choice"])  # as Python writes the published list
 
 
 def test_avhbench_may_ask_each_question_once(tmp_path):
@@ -162,9 +178,42 @@ def test_avhbench_may_ask_each_question_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_harnesses_refuse_what_they_would_give_wrongly(folders, tmp_path, name):
-    with pytest.raises(ValueError, match="only fmd-ext eval does so"):
-        write_task(load(name, folders[name]), tmp_path)
+def test_a_whole_file_holds_just_what_is_given(folders, tmp_path, name):
+    """The same frames and samples, for harnesses that hand on files; a file that holds just that is not copied."""
+    for item in load(name, folders[name]).items:
+        path = whole_file(item, tmp_path / "clips")
+        expected, found = clip_of(item, load_clip), load_clip(path)
+        assert found.missing == expected.missing
+        assert item.senses == "sound" or np.array_equal(found.frames, expected.frames)
+        assert item.senses == "picture" or np.array_equal(found.audio, expected.audio)
+        assert (path == item.path) == (item.senses == "sound")
+        assert whole_file(item, tmp_path / "clips") == path
+        silent = dataclasses.replace(item, path=path, sound=None)
+        assert whole_file(silent, tmp_path / "again") == path and not (tmp_path / "again").exists()
+        broken = dataclasses.replace(item, path=tmp_path / "broken.mp4", sound=None, senses="picture")
+        broken.path.write_bytes(b"no clip")
+        with pytest.raises(ValueError, match=r"broken\.mp4 cannot be copied without what is not asked about: "):
+            whole_file(broken, tmp_path)
+
+
+def test_the_sound_of_a_copy_begins_with_the_picture(tmp_path):
+    """Also where the picture begins late: elsewhere the sound would be cut, or be late itself."""
+    write_benchmark(tmp_path, "cmm")
+    item = load("cmm", tmp_path).items[2]
+    with av.open(str(item.path)) as source, av.open(str(tmp_path / "late.mkv"), "w") as late:
+        own = late.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.dts, packet.pts = (
+                    packet.dts + round(2 / packet.time_base),
+                    packet.pts + round(2 / packet.time_base),
+                )
+                packet.stream = own
+                late.mux(packet)
+    item = dataclasses.replace(item, path=tmp_path / "late.mkv")
+    expected, found = clip_of(item, load_clip), load_clip(whole_file(item, tmp_path / "clips"))
+    assert np.array_equal(found.frames, expected.frames) and abs(found.audio.size - expected.audio.size) <= 16
+    assert np.corrcoef(found.audio[:15000], expected.audio[:15000])[0, 1] > 0.9
 
 
 def test_cmm_is_told_how_to_answer_in_every_version(tmp_path):

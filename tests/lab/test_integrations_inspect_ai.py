@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eval_data import records, write_benchmark, write_json
+from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import load
 from fmd_ext.lab.eval.clips import Reading
 from fmd_ext.lab.eval.generation import Decoding
@@ -79,6 +80,19 @@ def test_a_clip_that_cannot_be_read_fails_alone(registry, folder, tmp_path):
     log = run(registry, tmp_path, fail_on_error=False)
     failed = [sample.id for sample in log.samples if sample.error]
     assert failed == ["00002/Audio-driven Video Hallucination/1"] and len(log.samples) == 6
+
+
+def test_a_question_gets_just_the_senses_that_it_is_asked_with(registry, tmp_path):
+    from inspect_ai.model import ContentAudio, ContentVideo
+
+    write_benchmark(tmp_path / "data", "cmm")
+    with pytest.raises(ValueError, match="-T clips=FOLDER says where copies"):
+        registry.benchmark("cmm", str(tmp_path / "data"))
+    task = registry.benchmark("cmm", str(tmp_path / "data"), clips=str(tmp_path / "clips"))
+    media = [sample.input[0].content[0] for sample in task.dataset]
+    assert [type(medium) for medium in media] == [ContentVideo, ContentAudio, ContentVideo]
+    given = [load_clip(getattr(medium, "video", None) or medium.audio) for medium in media]
+    assert [clip.missing for clip in given] == ["audio", "video", None]
 
 
 def test_what_cannot_be_asked_is_an_error(registry, folder, tmp_path):

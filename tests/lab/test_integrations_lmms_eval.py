@@ -11,6 +11,7 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,6 +20,7 @@ from eval_data import write_benchmark
 from fmd_ext.inputs.chat import prepare_batch
 from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import load
+from fmd_ext.lab.eval.clips import ClipInputs, Reading
 from fmd_ext.lab.lmms_eval import doc_to_text, doc_to_visual, mean_score, process_results, write_task
 from fmd_ext.lab.lmms_eval.__main__ import main as write_tasks
 from fmd_ext.lab.tiny import save_random_model, tiny_processor
@@ -116,6 +118,29 @@ def test_the_model_answers_as_its_method_does(package, folder, docs):
             ids = model._model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             assert result.text == tiny_processor().decode(ids, skip_special_tokens=True)
             assert result.token_counts.input_tokens == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("name", ["cmm", "daily-omni", "daily-omni-picture", "daily-omni-sound"])
+def test_a_question_gets_just_the_senses_that_it_is_asked_with(package, folder, tmp_path, name):
+    """The prompts and answers of ``fmd-ext eval``; a sound is given as lmms-eval gives sounds."""
+    model_class, instance = package
+    loaded = load(name, write_benchmark(tmp_path / "data", name))
+    path = write_task(loaded, tmp_path / "tasks")
+    own = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    model = model_class(str(folder / "model"), method="fmd-zero:fork_layers=2", max_frames=4)
+    model.task_dict = {"task": {"test": own}}
+    results = model.generate_until(requests_for(instance, own))
+    shown = ClipInputs(tiny_processor(), Reading(max_frames=4)).read(loaded.items)
+    with fmd_ext.patch(model._model, fork_layers=2, masking="zero"):
+        for item, doc, clip, result in zip(loaded.items, own, shown, results, strict=True):
+            inputs = prepare_batch(tiny_processor(), [([clip.clip], item.prompt)])
+            ids = model._model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            assert result.text == tiny_processor().decode(ids, skip_special_tokens=True)
+            assert result.token_counts.input_tokens == inputs["input_ids"].shape[1]
+            (medium,) = doc_to_visual(doc)
+            assert isinstance(medium, dict) == (item.senses == "sound")
+            if isinstance(medium, dict):
+                assert np.array_equal(medium["array"], clip.clip.audio) and medium["sampling_rate"] == 16000
 
 
 def test_an_answer_ends_where_the_task_says(package, folder, docs):

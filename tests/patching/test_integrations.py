@@ -8,7 +8,7 @@ import torch
 import fmd_ext
 from fmd_ext import FMDConfig
 from fmd_ext.engine.reference import reference_generate, reference_logits
-from fmd_ext.lab.tiny import tiny_thinker
+from fmd_ext.lab.tiny import save_random_model, tiny_thinker
 from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
 
 CONFIGS = [
@@ -76,18 +76,48 @@ def test_four_bit_weights(config):
     check(model, config)
 
 
+def places_of(model, layers):
+    """A device map with a place for each of the decoder's ``layers``, the CPU for everything else."""
+    path = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
+    leaves = [name for name, module in model.named_modules() if not list(module.children())]
+    elsewhere = {name: "cpu" for name in leaves if not name.startswith(path)}
+    return elsewhere | {f"{path}.{index}": place for index, place in enumerate(layers)}
+
+
 @EVERY_MASKING
 def test_layers_that_accelerate_places(tmp_path, config):
     """As a ``device_map`` does it: hooks move each layer's inputs, and fetch the weights of every second layer."""
     accelerate = pytest.importorskip("accelerate")
     model = tiny_thinker(seed=0)
     layers = model.get_decoder().layers
-    leaves = [name for name, module in model.named_modules() if not list(module.children())]
-    path = next(name for name, module in model.named_modules() if module is layers)  # transformers moved it
-    places = {name: "cpu" for name in leaves if not name.startswith(path)}
-    places |= {f"{path}.{i}": ("cpu", "disk")[i % 2] for i in range(4)}
+    places = places_of(model, ("cpu", "disk", "cpu", "disk"))
     model = accelerate.dispatch_model(
         model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True, skip_keys="past_key_values"
     )
     assert {next(layer.parameters()).device.type for layer in layers[1::2]} == {"meta"}
     check(model, config)
+
+
+def test_a_device_map_given_to_from_pretrained(tmp_path):
+    """Its logits and tokens are those of the same folder loaded whole: which layer lies where changes nothing."""
+    pytest.importorskip("accelerate")
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+    folder, inputs = save_random_model(tmp_path / "model"), build_inputs([VIDEO_AUDIO, AUDIO_VIDEO])
+    whole = Thinker.from_pretrained(folder)
+    spread = Thinker.from_pretrained(
+        folder,
+        device_map=places_of(whole, ("cpu", "disk", "disk", "cpu")),  # the last forked layer, the first merged one
+        offload_folder=str(tmp_path / "offloaded"),
+    )
+    places = [next(layer.parameters()).device.type for layer in spread.get_decoder().layers]
+    assert places == ["cpu", "meta", "meta", "cpu"]
+    found = []
+    for model in (whole, spread):
+        with fmd_ext.patch(model, CONFIGS[0]):
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+            found.append((model(**inputs).logits, out))
+    keep = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[1][0][keep], found[0][0][keep], atol=1e-5, rtol=0)
+    assert torch.equal(found[1][1], found[0][1])
+    assert (found[0][0] - whole(**inputs).logits)[keep].abs().max() > 0.1, "nothing was forked"

@@ -41,13 +41,16 @@ from fmd_ext.ops.registration import operators
 from omni_inputs import AUDIO_VIDEO, TEXT_ONLY, build_inputs
 
 
-@pytest.fixture(autouse=True)
-def _on_torch():
+@pytest.fixture(autouse=True, params=["sdpa", "op"])
+def _on_torch(request):
+    """Prompts given at once by causal attention, as by default, and by the op."""
+    dispatch.select_prefill(request.param)
     with dispatch.selected("torch"):
-        yield
+        yield request.param
+    dispatch.select_prefill("auto")
 
 
-def test_every_op_of_a_call_runs_there(thinker, monkeypatch):
+def test_every_op_of_a_call_runs_there(thinker, monkeypatch, _on_torch):
     ran = set()
 
     def noting(name, op):
@@ -61,7 +64,8 @@ def test_every_op_of_a_call_runs_there(thinker, monkeypatch):
         monkeypatch.setattr(op, "on_torch", noting(name, op.on_torch))
     handle = fmd_ext.patch(thinker, fork_layers=2, masking="zero")
     thinker.generate(**build_inputs([AUDIO_VIDEO]), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert ran == set(ops.__all__) - {"append_"}  # rope_append_ appends
+    others = {"append_"} if _on_torch == "op" else {"append_", "branched_prefill"}
+    assert ran == set(ops.__all__) - others  # rope_append_ appends
     assert handle.attention_runs_on == "torch: torch's path was chosen"
 
 

@@ -54,6 +54,13 @@ def test_a_thinker_is_written_out_once(printed):
     assert config["model_type"] == "qwen2_5_omni"
     alpha = FMDConfig.from_file(SETTINGS).alpha
     assert f'"alpha": {alpha}' in " ".join(second), "the built-in model comes with settings of its own"
+    assert second[second.index("--kv-cache-memory-bytes") + 1] == "268435456" and "--kv-cache-memory-bytes" not in first
+
+
+def test_a_flag_of_the_user_replaces_the_commands(printed):
+    _, words, _ = printed("built-in", "--kv-cache-memory-bytes", "4096", "--served-model-name", "small")
+    assert words[-4:] == ["--kv-cache-memory-bytes", "4096", "--served-model-name", "small"]
+    assert words.count("--kv-cache-memory-bytes") == words.count("--served-model-name") == 1
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,11 @@ def test_a_thinker_is_written_out_once(printed):
         (("/tmp/no-such-model",), "model /tmp/no-such-model: there is no such folder"),
         (("built-in", "--hf-overrides", "{}"), "--hf-overrides is written by this command"),
         (("built-in", "--additional-config={}"), "--additional-config is written by this command"),
+        (("built-in", "--model", "another"), "--model is written by this command"),
         (("built-in", "--alpha", "2"), "alpha must be in [0, 1], got 2.0"),
+        (("built-in", "--alpha", "auto"), "alpha='auto' is chosen per prompt and cannot be served; give a number"),
+        (("built-in", "--masking", "attention"), "masking='attention' cannot be served"),
+        (("built-in", "--fork-layers", "7"), "fork_layers=7 is out of range: the decoder has 6 layers"),
     ],
 )
 def test_wrong_input_is_one_line(printed, args, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from http_server import Request, Server, clip_file, data_url, mixed_requests, streamed
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test-serve makes an environment with it")
+
+from fmd_ext.lab.trained import MODEL  # noqa: E402
+from fmd_ext.serve.folder import write_full_model  # noqa: E402
 
 QUESTION = "What is making sound?"
 SEPARATE = (("video", 0), ("audio", 0))
@@ -130,8 +134,13 @@ def test_the_openai_client(server):
 
 
 def test_a_bad_setting_is_refused_at_start(tmp_path):
-    """vLLM makes its configuration before it loads a model, and there the settings are checked."""
-    refused = Server(tmp_path / "log.txt", "--fork-layers", "7", flags=["--enforce-eager"])
+    """Of a command written by hand: `fmd-ext serve` would not run it. vLLM makes its configuration before it loads a
+    model, and there the settings are checked."""
+    flags = ["--enforce-eager"]
+    flags += ["--hf-overrides", json.dumps({"architectures": ["FMDQwen2_5OmniForConditionalGeneration"]})]
+    flags += ["--additional-config", json.dumps({"fork_merge_decoding": {"fork_layers": 7}})]
+    model = str(write_full_model(MODEL, tmp_path / "full"))
+    refused = Server(tmp_path / "log.txt", flags=flags, model=model, plain=True)
     try:
         assert "fork_layers=7 is out of range: the decoder has 6 layers" in refused.ended()
     finally:

@@ -73,11 +73,6 @@ def test_one_group_of_caches_with_fork_layers_more(engines):
     assert layers == {"plain": 6, "fork_layers=0": 6, "ours": 6 + SETTINGS["fork_layers"]}
 
 
-def test_lora_is_refused_at_start_with_the_reason(folder):
-    with pytest.raises(ValueError, match="LoRA's map from rows to adapters is made for one row per token"):
-        start(folder, settings=SETTINGS, enable_lora=True)
-
-
 class TestSampling:
     ASK = BOTH_MODALITIES["separate"]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from . import attention_cases, fused_cases, machine, model_cases, report, row_cases
+from . import attention_cases, fused_cases, machine, memory, model_cases, report, row_cases
 from .cases import Case, run_case
 from .roofline import add_limits, measure_peaks
 from .timing import MIN_ROUNDS
-from .workload import PROMPT, QUICK_PROMPT, SIZES, Workload
+from .workload import LONG_ROWS, PROMPT, QUICK_LONG_ROWS, QUICK_PROMPT, SIZES, Workload
 
 ATTENTION_OPS, MODEL_CALLS = (
     ("branched_prefill", "branched_decode"),
@@ -64,21 +64,37 @@ def main(argv: Sequence[str] | None = None, build: Build = build_cases) -> int:
         "dtype": dtype,
         "workload": workload.describe(),
         "cases": [],
+        "memory": [],
     }
+    wanted = set(args.only or (*OPS, memory.NAME))
     budget = SECONDS_PER_QUICK_CASE if args.quick else SECONDS_PER_CASE
     with torch.inference_mode():
         facts["peaks"] = measure_peaks(device, getattr(torch, dtype), args.quick)
         torch.manual_seed(0)
-        for case in build(workload, getattr(torch, dtype), device, set(args.only or OPS)):
+        for case in build(workload, getattr(torch, dtype), device, wanted):
             print(f"{case.name} ...", file=sys.stderr)
             report_of_case = run_case(case, device, args.repeats, budget)
             add_limits(report_of_case, case.work, facts["peaks"])
             facts["cases"].append(report_of_case)
-            if args.json is not None:  # after each case: what stops the next one loses nothing
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(facts, indent=1) + "\n")
+            _write(facts, args.json)
             del case  # its tensors, before the next case makes its own
+        for rows in _long_rows(args, device) if memory.NAME in wanted else ():
+            print(f"{memory.NAME}/{rows} ...", file=sys.stderr)
+            long_size = "tiny" if args.quick else "fourteenth" if device.type == "cpu" else "full"
+            facts["memory"].append(memory.case(long_size, rows, dtype, device))
+            _write(facts, args.json)
     return _finish(facts)
+
+
+def _long_rows(args: argparse.Namespace, device: torch.device) -> Sequence[int]:
+    return args.rows or (QUICK_LONG_ROWS if args.quick else LONG_ROWS[device.type])
+
+
+def _write(facts: dict[str, Any], path: Path | None) -> None:
+    """After each case: what stops the next one loses nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _finish(facts: dict[str, Any]) -> int:
@@ -86,11 +102,13 @@ def _finish(facts: dict[str, Any]) -> int:
         print(f"{name:<16}{text}")
     print()
     print(report.table(facts["cases"]))
-    for name, reason in report.absent(facts["cases"]).items():
+    if facts["memory"]:
+        print(f"\n{report.memory_table(facts['memory'])}")
+    for name, reason in report.absent([*facts["cases"], *facts["memory"]]).items():
         print(f"absent: {name}: {reason}")
-    errors = [case["error"] for case in facts["cases"] if "error" in case]
+    errors = [case["error"] for case in [*facts["cases"], *facts["memory"]] if "error" in case]
     for error in errors:
-        print(f"fmd_ext.lab.bench: error: {error}; no speed is reported for this case", file=sys.stderr)
+        print(f"fmd_ext.lab.bench: error: {error}; no figure is reported for this case", file=sys.stderr)
     return WRONG_OUTPUT if errors else 0
 
 
@@ -113,7 +131,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Each op, and prefill and decode step of a whole model, against what one would use instead. "
         "An output is checked against plain PyTorch before its speed is reported.",
     )
-    parser.add_argument("--only", nargs="+", choices=OPS, metavar="NAME", help=f"some of {', '.join(OPS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=(*OPS, memory.NAME),
+        metavar="NAME",
+        help=f"some of {', '.join((*OPS, memory.NAME))}",
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats: does it run, not how fast")
     parser.add_argument("--size", choices=tuple(SIZES), help="model size (quarter; on a GPU full; with --quick tiny)")
     parser.add_argument("--dtype", choices=DTYPES, help="(float32; on a GPU bfloat16)")
@@ -125,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"rounds per case (as many as fit into {SECONDS_PER_CASE:.0f} s, at least {MIN_ROUNDS})",
     )
     parser.add_argument("--threads", type=_positive_int, metavar="N", help="torch's threads (as torch sets them)")
+    parser.add_argument(
+        "--rows", type=_positive_int, nargs="+", metavar="N", help="of the prompts whose memory is measured (32768)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     return parser
 

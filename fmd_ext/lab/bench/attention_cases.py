@@ -64,8 +64,11 @@ def _case(workload: Workload, plan: AttentionPlan, dtype: torch.dtype, device: t
         return eager_attention(q, k, v, groups, masks, scale)
 
     reference = Reference.beside([exact_attention(q, k, v, groups, scale)], [eager()])
-    candidates = [
-        Candidate("fmd_ext", Step(own), lambda out: [out], reference),
+    candidates = [Candidate("fmd_ext", Step(own), lambda out: [out], reference)]
+    if plan.op == "branched_prefill" and (runs := step.causal_runs) is not None:
+        by_runs = Step(lambda: runs.attend(q, k, v, scale))
+        candidates.append(Candidate("fmd_ext, causal runs", by_runs, lambda out: [out], reference))
+    candidates += [
         Candidate("eager PyTorch", Step(eager), lambda out: [out], reference),
         *alternatives(AttentionWork(q, k, v, groups, scale, reference)),
     ]

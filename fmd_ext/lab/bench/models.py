@@ -12,12 +12,15 @@ from fmd_ext.adapters import find_adapter
 from fmd_ext.compat import cache_kwargs
 from fmd_ext.config import FMDConfig
 from fmd_ext.lab.tiny.model import tiny_thinker_config
+from fmd_ext.lab.tiny.vocabulary import VOCAB_SIZE
 from fmd_ext.labels import AUDIO, TEXT, VISUAL
 
 from .workload import Size
 
 
-def build_thinker(size: Size, max_length: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def build_thinker(
+    size: Size, max_length: int, dtype: torch.dtype, device: torch.device, vocab_size: int = VOCAB_SIZE
+) -> nn.Module:
     """A thinker with a text decoder of ``size``, on scaled_dot_product_attention, in eval mode.
 
     Its encoders are tiny and never run, and its vocabulary is small: the output layer, which costs the same with and
@@ -30,6 +33,7 @@ def build_thinker(size: Size, max_length: int, dtype: torch.dtype, device: torch
         num_kv_heads=size.num_kv_heads,
         intermediate_size=size.intermediate_size,
         max_position_embeddings=max_length,
+        vocab_size=vocab_size,
     )
     config.initializer_range = config.text_config.initializer_range = 0.5 * size.hidden_size**-0.5
     config._attn_implementation = "sdpa"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report import COLUMNS, absent, rows_of, summary
+from .report import COLUMNS, MEMORY_COLUMNS, absent, memory_rows_of, rows_of, summary
 
 NOTE = "<!-- Written by scripts/benchmarks from docs/data/*.json: change those, never this page. -->"
 INTRODUCTION = """
@@ -29,11 +29,13 @@ INTRODUCTION = """
 * `fmd_ext` works on packed rows and slot pools, `eager PyTorch` on the same rows by index arithmetic, masked
   softmax and concatenation. `merged` is attention after the merge. `rope_append_` joins steps that its other
   candidates take singly.
+* `causal runs`: the same by torch's causal attention, gathering included, as `patch` does where that is faster.
 * `SDPA per branch` is one call of `scaled_dot_product_attention` per branch, on inputs gathered beforehand. On a
   GPU its flash and cuDNN backends, compiled FlexAttention, flash-attn and FlashInfer also run.
 * `vanilla` is the unpatched model, `two passes` runs the early layers twice, as the paper does. Models have random
   weights, a small vocabulary and no encoders.
 * `no fusions`, `all fusions`: `patch(..., fusions=False)`, `True`. `asked first`: a prompt of 64 tokens asks first.
+* `model_memory/N`: `generate` of one token behind a prompt of N rows; what model and embeddings hold is left out.
 * `…, runner` decodes over static buffers (on a GPU: a CUDA graph). `model_generate` is `model.generate` of 32
   tokens.
 """.strip()
@@ -43,7 +45,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 def page(runs: Sequence[dict[str, Any]]) -> str:
     """The page in Markdown. Raises ValueError for a run in which an output was wrong."""
     for run in runs:
-        for case in run["cases"]:
+        for case in [*run["cases"], *run.get("memory", [])]:
             if "error" in case:
                 raise ValueError(f"a run with a wrong output has no place on the page: {case['error']}")
     lines = [NOTE, "", "# Performance", "", INTRODUCTION, ""]
@@ -110,10 +112,23 @@ def _run(run: dict[str, Any]) -> Iterator[str]:
     yield "| --- | ---: | --- |" + " ---: |" * (len(COLUMNS) - 3)
     for case in run["cases"]:
         yield from ("| " + " | ".join(row) + " |" for row in rows_of(case))
-    reasons = absent(run["cases"])
+    memory = run.get("memory", [])
+    yield from _memory([case for case in memory if "candidates" in case])
+    reasons = absent([*run["cases"], *memory])
     if reasons:
         yield from ("", "Not measured, because they could not run there:", "")
         yield from (f"* {name}: `{reason}`" for name, reason in reasons.items())
+
+
+def _memory(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if not cases:
+        return
+    sizes = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in cases[0]["shapes"].items() if name != "rows")
+    yield from ("", f"Peak memory, revision {cases[0]['revision']['commit']}; {sizes}:", "")
+    yield "| " + " | ".join(MEMORY_COLUMNS) + " |"
+    yield "| --- | --- | ---: | ---: |"
+    for case in cases:
+        yield from ("| " + " | ".join(row) + " |" for row in memory_rows_of(case))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

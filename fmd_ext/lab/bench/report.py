@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+MEMORY_COLUMNS = ("case", "candidate", "peak", "ratio")
 COLUMNS = ("case", "rounds", "candidate", "median", "quartiles", "min", "ratio", "quartiles", "error", "of peak")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
     """All cases, aligned. ``ratio`` is over the first candidate of the case, pair by pair."""
-    rows = [COLUMNS, *(row for case in cases for row in rows_of(case))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     left = (str.ljust, str.rjust, str.ljust) + (str.rjust,) * (len(COLUMNS) - 3)
+    return _aligned([COLUMNS, *(row for case in cases for row in rows_of(case))], left)
+
+
+def memory_table(cases: list[dict[str, Any]]) -> str:
+    """Those of `fmd_ext.lab.bench.memory`, aligned."""
+    rows = [MEMORY_COLUMNS, *(row for case in cases for row in memory_rows_of(case))]
+    return _aligned(rows, (str.ljust, str.ljust, str.rjust, str.rjust))
+
+
+def _aligned(rows: list[tuple[str, ...]], left: tuple[Callable[[str, int], str], ...]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(left))]
     return "\n".join(
         "  ".join(align(cell, width) for align, cell, width in zip(left, row, widths, strict=True)).rstrip()
         for row in rows
@@ -35,6 +45,13 @@ def rows_of(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{candidate['error']:.0e}",
             f"{candidate['of_peak']:.0%}" if "of_peak" in candidate else "",
         )
+
+
+def memory_rows_of(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row of text per way to run the model; for a case that failed, none."""
+    for index, candidate in enumerate(case.get("candidates", ())):
+        mebibytes = f"{candidate['bytes'] / 2**20:,.0f} MiB"
+        yield case["case"] if index == 0 else "", candidate["name"], mebibytes, number(candidate["ratio"])
 
 
 def absent(cases: list[dict[str, Any]]) -> dict[str, str]:

@@ -61,6 +61,40 @@ SIZES = {
         Size("full", 28, 3584, 28, 4, 18944),  # Qwen2.5-Omni-7B
     )
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class LongSize(Size):
+    """A model whose memory is measured: with the words of its output layer, which make a row of logits."""
+
+    vocab_size: int = 0
+
+    @property
+    def fork_layers(self) -> int:
+        return max(1, self.num_layers // 4)
+
+    def describe(self) -> dict[str, int]:
+        return {
+            "layers": self.num_layers,
+            "fork_layers": self.fork_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+        }
+
+
+# A layer more adds its keys and values to the peak, and nothing else: on a CPU two, of a fourteenth of the widths.
+LONG_SIZES = {
+    size.name: size
+    for size in (
+        LongSize("tiny", 2, 256, 2, 1, 1352, vocab_size=1024),
+        LongSize("fourteenth", 2, 256, 2, 1, 1352, vocab_size=10862),
+        LongSize("full", 28, 3584, 28, 4, 18944, vocab_size=152064),
+    )
+}
+# Attention to 131,072 rows takes minutes per layer of a CPU.
+LONG_ROWS = {"cpu": (32768,), "cuda": (32768, 131072)}
+QUICK_LONG_ROWS = (4500,)
 PROMPT = Prompt(prefix=20, visual=1400, between=2, audio=500, rest=58)  # 80 rows of text
 QUICK_PROMPT = Prompt(prefix=5, visual=70, between=2, audio=25, rest=8)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import fmd_ext
 from fmd_ext.cli import show
@@ -24,7 +23,7 @@ from fmd_ext.cli.models import LoadedModel, load_model
 from fmd_ext.config import FMDConfig
 from fmd_ext.hardware import cpu_model
 from fmd_ext.lab.cli.questions import choose, ids_of, load_questions, refuse_malformed, usable
-from fmd_ext.lab.cli.scores import show_evaluation, show_speed
+from fmd_ext.lab.cli.scores import console, show_evaluation, show_speed
 from fmd_ext.lab.eval.benchmarks import BENCHMARKS, DataError, Loaded, unreadable
 from fmd_ext.lab.eval.clips import Reading
 from fmd_ext.lab.eval.elsewhere import read_answers, take_in
@@ -33,6 +32,7 @@ from fmd_ext.lab.eval.generation import Decoding, checkpoint_settings, settings_
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.methods import METHODS, Choice, parse_methods
 from fmd_ext.lab.eval.predictions import Results, ResultsError
+from fmd_ext.lab.eval.results_file import fingerprint, write_results
 from fmd_ext.lab.eval.run import DeviceLost, Runner, rank_and_size
 from fmd_ext.lab.eval.scores import evaluate, write_scores
 from fmd_ext.lab.eval.speed import measure, read_speed, write_speed
@@ -169,12 +169,10 @@ def _score(args: argparse.Namespace, results: Results) -> int:
     with blaming_input(ResultsError, DataError, OSError):
         evaluation = evaluate(results, baseline=args.baseline, protocol=args.protocol)
         write_scores(results, evaluation)
-    console = Console()
-    if not console.is_terminal:  # in a file nothing needs to be squeezed into 80 columns
-        console = Console(width=180)
-    show_evaluation(console, evaluation)
+        sent = write_results(results)
+    show_evaluation(console(), evaluation)
     if speed := read_speed(results):
-        show_speed(console, speed)
+        show_speed(console(), speed)
     if args.report:
         from fmd_ext.lab.eval.report import write_report
 
@@ -185,7 +183,7 @@ def _score(args: argparse.Namespace, results: Results) -> int:
         with blaming_input(OSError):
             paths = export(results, evaluation, args.export)
         print(f"exported: {len(paths)} files in {args.export}")
-    print(f"results: {results.folder}")
+    print(f"results: {results.folder}; to send to others: {sent}")
     return 0
 
 
@@ -224,6 +222,7 @@ def run_settings(
             "files": [str(path) for path in loaded.files],
             "model_type": model.model.config.model_type,
             "model_revision": getattr(model.model.config, "_commit_hash", None),
+            "model_fingerprint": fingerprint(model.model),
             "random_weights": model.is_random,
             "checkpoint_generation_config": checkpoint_settings(model.model),
             "questions": {
@@ -233,6 +232,7 @@ def run_settings(
             },
             "excluded": {"malformed": len(loaded.malformed), "missing_videos": len(loaded.missing)},
             "versions": {"python": platform.python_version(), **versions},
+            "device": model.model.device.type,
             "machine": gpu or cpu_model(),
         },
     }

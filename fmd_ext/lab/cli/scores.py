@@ -10,9 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fmd_ext.lab.eval import tables
-from fmd_ext.lab.eval.benchmarks import BENCHMARKS
 from fmd_ext.lab.eval.scores import ALL, Evaluation
-from fmd_ext.lab.eval.wording import against, caption_against, caption_score, percent, ratio, short_names
+from fmd_ext.lab.eval.wording import against, caption_against, caption_score, percent, ratio, reading_lines, short_names
+
+
+def console() -> Console:
+    """For tables on stdout; in a file nothing needs to be squeezed into 80 columns."""
+    found = Console()
+    return found if found.is_terminal else Console(width=180)
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
@@ -21,9 +26,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     for method, name in names.items():
         if name != method:
             console.print(f"{name} = {method}", markup=False, highlight=False, soft_wrap=True)
-    if evaluation.protocol != "ours":
-        console.print(f"answers read by: {BENCHMARKS[evaluation.settings['benchmark']].official.source}", markup=False)
-    for line in evaluation.counts.lines():
+    for line in (*reading_lines(evaluation, names), *evaluation.counts.lines()):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for kind, by_method in evaluation.counts.notes.items():
         counts = ", ".join(f"{count} by {names[method]}" for method, count in by_method.items())

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmd_ext.lab.eval.benchmarks import Loaded
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS, Loaded
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.predictions import Results, write_atomically
 from fmd_ext.lab.eval.scores import Evaluation
 from fmd_ext.lab.eval.tables import Cell, Table
-from fmd_ext.lab.eval.wording import short_names
+from fmd_ext.lab.eval.wording import how_read, short_names
 
 
 def export_questions(loaded: Loaded, items: Sequence[Item], folder: str | Path) -> Path:
@@ -33,6 +33,7 @@ def export(results: Results, evaluation: Evaluation, folder: str | Path) -> list
     Per method ``answers-*.jsonl`` (id and answer, as `elsewhere` reads them), ``official-*.json`` (as the benchmark's
     own script takes them, or its records with a ``response``) and ``judge-*.jsonl`` (one request per answer, in the
     form of chat services); of all methods ``tables.csv`` and ``tables.tex`` (needs LaTeX's booktabs).
+    CMM's own script reads a record per line, so its ``official-*.json`` holds lines.
     """
     folder, items, predictions = Path(folder), {item.id: item for item in results.items()}, results.predictions()
     paths = []
@@ -45,7 +46,8 @@ def export(results: Results, evaluation: Evaluation, folder: str | Path) -> list
         answers = [{"id": item.id, "video": item.video, "reference": item.answer, "answer": raw} for item, raw in first]
         paths.append(_write(folder / f"answers-{stem}.jsonl", _lines(answers)))
         records = OFFICIAL[evaluation.settings["benchmark"]](first)
-        text = json.dumps(records, ensure_ascii=False, indent=1)
+        by_line = evaluation.settings["benchmark"] in READ_BY_LINE
+        text = _lines(records) if by_line else json.dumps(records, ensure_ascii=False, indent=1)
         paths.append(_write(folder / f"official-{stem}.json", text))
         requests = [{"custom_id": item.id, "messages": [_judged_by(item, raw)]} for item, raw in first]
         paths.append(_write(folder / f"judge-{stem}.jsonl", _lines(requests)))
@@ -60,7 +62,7 @@ def as_csv(evaluation: Evaluation) -> str:
     metrics = ("precision", "recall", "f1", "yes_rate")
     names = "table group method items videos accuracy low high difference difference_low difference_high p adjusted_p"
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names.split(), "unparsed", *metrics])
+    writer.writerow([*names.split(), "unparsed", *metrics, "reading"])
     for table in evaluation.tables:
         for group, cells in table.rows.items():
             for method, cell in cells.items():
@@ -73,16 +75,18 @@ def as_csv(evaluation: Evaluation) -> str:
                     + [_number(compared.p_value if compared else None), _number(cell.adjusted_p)]
                     + [_number(cell.unparsed)]
                     + [_number(cell.yes_no[name].value if cell.yes_no else None) for name in metrics]
+                    + [evaluation.protocol]
                 )
     return text.getvalue()
 
 
 def as_latex(evaluation: Evaluation) -> str:
     """A tabular per table: groups in rows, methods in columns, accuracy in % with half the width of its interval."""
-    return "\n".join(_tabular(table, short_names(evaluation.methods)) for table in evaluation.tables)
+    read = how_read(BENCHMARKS[evaluation.settings["benchmark"]], evaluation.protocol)
+    return "\n".join(_tabular(table, short_names(evaluation.methods), read) for table in evaluation.tables)
 
 
-def _tabular(table: Table, names: dict[str, str]) -> str:
+def _tabular(table: Table, names: dict[str, str], read: str) -> str:
     rows = [
         " & ".join([_tex(group), *(_accuracy(cells[method]) for method in names)]) + r" \\"
         for group, cells in table.rows.items()
@@ -90,7 +94,9 @@ def _tabular(table: Table, names: dict[str, str]) -> str:
     head = " & ".join([_tex(table.category), *map(_tex, names.values())]) + r" \\"
     note = "% accuracy in %, with half the width of its 95 % interval; a star: differs from the first, after Holm"
     opening, closing = rf"\begin{{tabular}}{{l{'r' * len(names)}}}", r"\end{tabular}"
-    return "\n".join([note, opening, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", closing, ""])
+    return "\n".join(
+        [f"% reading: {read}", note, opening, r"\toprule", head, r"\midrule", *rows, r"\bottomrule", closing, ""]
+    )
 
 
 def _accuracy(cell: Cell) -> str:
@@ -144,8 +150,11 @@ def _video_mme(said: Sequence[tuple[Item, str]]) -> list[dict[str, Any]]:
     return list(videos.values())
 
 
-def _records(fields: Callable[[Item], dict[str, Any]]) -> Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]:
-    return lambda said: [fields(item) | {"response": raw} for item, raw in said]
+def _records(
+    fields: Callable[[Item], dict[str, Any]], response: str = "response"
+) -> Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]:
+    """``response``: the field of what the model said."""
+    return lambda said: [fields(item) | {response: raw} for item, raw in said]
 
 
 # By benchmark, in the names of fields that its published files use.
@@ -168,12 +177,15 @@ OFFICIAL: dict[str, Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]
             "audio_path": item.categories["sound file"] or None,
             "question": item.question,
             "answer": item.answer,
-        }
+        },
+        response="pred",
     ),
     "daily-omni": _records(
         lambda item: {
             "video_id": item.video,
             "Type": item.categories["type"],
+            "video_category": item.categories["category"],
+            "video_duration": item.categories["duration"],
             "Question": item.question,
             "Choice": [f"{chr(ord('A') + number)}. {text}" for number, text in enumerate(item.options)],
             "Answer": item.answer,
@@ -209,6 +221,7 @@ OFFICIAL: dict[str, Callable[[Sequence[tuple[Item, str]]], list[dict[str, Any]]]
     ),
 }
 
+READ_BY_LINE = {"cmm"}
 OFFICIAL["avhbench-deduplicated"] = OFFICIAL["avhbench"]
 OFFICIAL["daily-omni-picture"] = OFFICIAL["daily-omni-sound"] = OFFICIAL["daily-omni"]
 

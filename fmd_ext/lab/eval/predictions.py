@@ -260,6 +260,10 @@ class Results:
                     found[prediction.key] = prediction
         return found
 
+    def readings(self, protocol: str) -> Mapping[Key, str | None]:
+        """What ``protocol`` reads in the predictions, where that is known without their text; here of none."""
+        return {}
+
     def refuse_others(self, count: int) -> None:
         """Raises Locked when processes of a run with another number of shares than ``count`` are at work here."""
         for path in (self.folder / "shares").glob("*.jsonl"):

@@ -27,7 +27,16 @@ from fmd_ext.lab.eval.run import judged
 from fmd_ext.lab.eval.scores import ALL, GAINS, Evaluation, reading_of
 from fmd_ext.lab.eval.speed import read_speed
 from fmd_ext.lab.eval.tables import Table
-from fmd_ext.lab.eval.wording import against, caption_against, caption_score, passes_of, percent, ratio, short_names
+from fmd_ext.lab.eval.wording import (
+    against,
+    caption_against,
+    caption_score,
+    passes_of,
+    percent,
+    ratio,
+    reading_lines,
+    short_names,
+)
 
 EXAMPLES = 4  # per method and direction
 FRAMES = 4  # per example
@@ -60,7 +69,7 @@ def render(results: Results, evaluation: Evaluation) -> str:
         random=settings.get("about", {}).get("random_weights", False),
         evaluation=evaluation,
         baseline=names[evaluation.baseline],
-        protocol=benchmark.official.source if evaluation.protocol == "official" else "",
+        readings=reading_lines(evaluation, names),
         legend=[(name, method, _listed(in_force.get(method, {})), passes_of(method)) for method, name in names.items()],
         notes=[(kind, [by_method[method] for method in names]) for kind, by_method in evaluation.counts.notes.items()],
         names=list(names.values()),

@@ -61,8 +61,9 @@ nothing about any method.</p>{% endif %}
 {% for line in evaluation.counts.lines() %}
 <p{% if not loop.first or evaluation.counts.failed %} class="warning"{% endif %}>{{ line }}</p>
 {% endfor %}
-{% if protocol %}<p class="warning">Answers are read as the benchmark's own script reads them: {{ protocol }}.</p>
-{% endif %}
+{% for line in readings %}
+<p{% if loop.first and evaluation.protocol != "ours" %} class="warning"{% endif %}>{{ line }}</p>
+{% endfor %}
 <div class="legend"><table class="rows"><tr><th>method</th><th>in full</th><th>settings in force</th>
 <th>cost</th></tr>
 {% for name, method, values, cost in legend %}<tr><td class="group">{{ name }}</td>

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from fmd_ext.lab.eval.parsing import parse_answer
 from fmd_ext.lab.eval.predictions import Key, Prediction, Results, ResultsError, write_atomically
 from fmd_ext.lab.eval.run import judged
 from fmd_ext.lab.eval.statistics import Comparison, Estimate
-from fmd_ext.lab.eval.tables import Table, average_of, groups_of, scores_of, table_of
+from fmd_ext.lab.eval.tables import Answers, Table, accuracy_of, average_of, groups_of, scores_of, table_of
 
 GAINS = (0.01, 0.02, 0.05)  # for which the number of items is given that shows them
 ALL = "all"
@@ -48,12 +48,26 @@ class CaptionCell:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reread:
+    """One method's answers as the other protocol reads them.
+
+    Attributes:
+        accuracy: over all questions.
+        otherwise: answers in which the protocols read different things.
+    """
+
+    accuracy: Estimate
+    otherwise: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """All that is known of a run.
 
     Attributes:
         settings: of the run, as recorded.
-        protocol: how answers were read.
+        protocol: how answers were read, one of `PROTOCOLS`.
+        reread: method to what the other one makes of its answers; empty where the benchmark has no script of its own.
         methods: names, the baseline first.
         counts: what became of the questions.
         tables: the first one is about all items together.
@@ -67,6 +81,7 @@ class Evaluation:
 
     settings: dict[str, Any]
     protocol: str
+    reread: dict[str, Reread]
     methods: list[str]
     counts: Counts
     tables: list[Table]
@@ -111,7 +126,7 @@ def evaluate(
         raise ResultsError(f"no method {baseline!r} in {results.folder}; there are {', '.join(methods)}")
     methods = [baseline, *(method for method in methods if method != baseline)]
     benchmark = BENCHMARKS[settings["benchmark"]]
-    read, skips_unread = reading_of(benchmark, protocol)
+    _, skips_unread = reading_of(benchmark, protocol)
     samples = range(1 + max(key[2] for key in predictions))
 
     answered = [item for item in items if is_answered(item, predictions, methods, samples)]
@@ -123,10 +138,16 @@ def evaluate(
         raise ResultsError(f"no question in {results.folder} has been answered by all of {', '.join(methods)} yet{why}")
     common = [item for item in answered if item.kind != "caption"]
     captions = [item for item in answered if item.kind == "caption"]
-    said = {
-        method: [[judged(item, predictions[method, item.id, s].raw, read)[0] for s in samples] for item in common]
-        for method in methods
-    }
+
+    def read_by(protocol: str) -> dict[str, list[list[str | None]]]:
+        known, read = results.readings(protocol), reading_of(benchmark, protocol)[0]
+
+        def answer(key: Key, item: Item) -> str | None:
+            return known[key] if key in known else judged(item, predictions[key].raw, read)[0]
+
+        return {m: [[answer((m, item.id, s), item) for s in samples] for item in common] for m in methods}
+
+    said = read_by(protocol)
     scores = {method: scores_of(common, rows, skips_unread=skips_unread) for method, rows in said.items()}
     tables, averages = [], {}
     if common:
@@ -139,9 +160,11 @@ def evaluate(
             if len(groups.get(name, groups_of(common, name))) > 1
         }
     overall = tables[0].rows[ALL] if tables else {}
+    other = next((name for name in PROTOCOLS if name != protocol), None) if common and benchmark.official else None
     return Evaluation(
         settings=settings,
         protocol=protocol,
+        reread=_reread(common, said, read_by(other), reading_of(benchmark, other)[1], confidence) if other else {},
         methods=methods,
         counts=counts,
         tables=tables,
@@ -152,6 +175,24 @@ def evaluate(
         detectable={m: _detectable(overall[m].comparison) for m in methods[1:] if overall and overall[m].comparison},
         flips={m: _flips(common, scores[m], scores[baseline]) for m in methods[1:]},
     )
+
+
+def _reread(
+    items: list[Item],
+    said: Mapping[str, Answers],
+    otherwise: Mapping[str, Answers],
+    skips_unread: bool,
+    confidence: float,
+) -> dict[str, Reread]:
+    videos = np.array([item.video for item in items])
+    found = {}
+    for method, answers in otherwise.items():
+        changed = sum(
+            a != b for own, other in zip(said[method], answers, strict=True) for a, b in zip(own, other, strict=True)
+        )
+        scores = scores_of(items, answers, skips_unread=skips_unread)
+        found[method] = Reread(accuracy_of(scores, videos, confidence), changed)
+    return found
 
 
 def reading_of(benchmark: Benchmark, protocol: str) -> tuple[Callable[[Item, str], str | None], bool]:

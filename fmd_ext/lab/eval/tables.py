@@ -88,7 +88,7 @@ def table_of(
             if method != baseline and both.any():
                 comparison = statistics.compare(own[both], other[both], videos[both], confidence=confidence)
             rows[value][method] = Cell(
-                accuracy=_accuracy(own, videos, confidence),
+                accuracy=accuracy_of(own, videos, confidence),
                 unparsed=float(np.mean([[answer is None for answer in row] for row in answers])),
                 yes_no=_yes_no([items[index] for index in members], answers, videos, confidence),
                 comparison=comparison,
@@ -116,7 +116,8 @@ def average_of(
     return statistics.bootstrap(metric, columns, [item.video for item in items], confidence=confidence)
 
 
-def _accuracy(scores: np.ndarray, videos: np.ndarray, confidence: float) -> Estimate:
+def accuracy_of(scores: np.ndarray, videos: np.ndarray, confidence: float) -> Estimate:
+    """The share of right answers with its interval, from scores [items] of `scores_of`; nan counts nowhere."""
     counted = np.isfinite(scores)
     scores, videos = scores[counted], videos[counted]
     if not scores.size:

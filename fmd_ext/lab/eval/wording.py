@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks import BENCHMARKS, Benchmark
 from fmd_ext.lab.eval.methods import parse_methods
-from fmd_ext.lab.eval.scores import CaptionCell
+from fmd_ext.lab.eval.scores import PROTOCOLS, CaptionCell, Evaluation
 from fmd_ext.lab.eval.statistics import Estimate
 from fmd_ext.lab.eval.tables import Cell
 
@@ -40,6 +41,25 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
         taken = set(names.values())
         names[method] = next(n for n in (name, *(f"{name} ({k})" for k in range(2, 99))) if n not in taken)
     return names
+
+
+def how_read(benchmark: Benchmark, protocol: str) -> str:
+    """Whose reading of the answers a protocol is."""
+    return f"official: {benchmark.official.source}" if protocol == "official" else "ours, as a person reads"
+
+
+def reading_lines(evaluation: Evaluation, names: Mapping[str, str]) -> list[str]:
+    """By which reading the figures are, and what the other one gives; ``names``: of `short_names`."""
+    benchmark = BENCHMARKS[evaluation.settings["benchmark"]]
+    lines = [f"reading: {how_read(benchmark, evaluation.protocol)}"]
+    if evaluation.reread:
+        other = next(name for name in PROTOCOLS if name != evaluation.protocol)
+        told = "; ".join(
+            f"{names[method]} {percent(found.accuracy)}, {found.otherwise} answers read otherwise"
+            for method, found in evaluation.reread.items()
+        )
+        lines.append(f"beside it {how_read(benchmark, other)}: {told}")
+    return lines
 
 
 def passes_of(method: str) -> str:

@@ -18,6 +18,8 @@ from fmd_ext.lab import trained
 from fmd_ext.lab.bench.machine import describe
 from fmd_ext.lab.evidence.alternatives import measure_alternatives
 from fmd_ext.lab.evidence.answers import YesNoQuestions
+from fmd_ext.lab.evidence.exact import FAMILIES as EXACT_FAMILIES
+from fmd_ext.lab.evidence.exact import measure_exact
 from fmd_ext.lab.evidence.measure import (
     attention_before_and_after,
     choose,
@@ -26,8 +28,9 @@ from fmd_ext.lab.evidence.measure import (
     measure_text_weights,
 )
 from fmd_ext.lab.evidence.page import write_page
+from fmd_ext.lab.evidence.probe import measure_probe
 from fmd_ext.lab.evidence.prompts import WholePrompts
-from fmd_ext.lab.evidence.rivals import ROUTED, measure_rivals
+from fmd_ext.lab.evidence.rivals import BY_TRUTH, ROUTED, measure_rivals
 from fmd_ext.lab.evidence.rivals_page import DISAGREEING
 from fmd_ext.lab.synthetic import Scene, split_scenes
 from fmd_ext.lab.synthetic.dataset import BALANCED
@@ -35,6 +38,8 @@ from fmd_ext.lab.training.pool import Pool, build_pool
 
 FAMILIES = ("avhbench",)  # of questions on which methods are compared
 PROMPTS = 100  # for the attention shares
+PARTS = ("exact", "probe")  # that go on from the recorded comparison: its settings
+CLIPS, CLIPS_OF_OTHERS = (90, 510), (60, 300)  # of the comparison with rivals: validation, test
 
 
 def main() -> None:
@@ -57,20 +62,40 @@ def main() -> None:
         metavar="NAME=FOLDER",
         help="compare the methods on this model only, as scripts/train makes it, and add it to the record",
     )
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=PARTS,
+        default=[],
+        help="measure this part alone, of the package's model or of each --model, and add it to the record",
+    )
     parser.add_argument("--page-only", action="store_true", help="write page and plots anew from the recorded data")
     args = parser.parse_args()
     record = args.docs / "data" / "evidence.json"
     torch.set_num_threads(1)
-    if args.model:
+    given = [name.split("=", 1) for name in args.model]
+    if args.part:
         found = json.loads(record.read_text())
-        for name, folder in (given.split("=", 1) for given in args.model):
+        models = {model["name"]: model for model in found["models"]}
+        for part in args.part:
+            if not given:
+                found[part] = measured(part, trained.MODEL, args.work, found["rivals"], args.rival_clips or CLIPS)
+            for name, folder in given:
+                clips = args.rival_clips or CLIPS_OF_OTHERS
+                models[name][part] = measured(part, Path(folder), args.work, models[name]["rivals"], clips)
+        record.write_text(json.dumps(found, indent=1))
+    elif given:
+        found = json.loads(record.read_text())
+        for name, folder in given:
             others = [model for model in found["models"] if model["name"] != name]
-            rivals = compared(Path(folder), args.work, *(args.rival_clips or (60, 300)))
+            rivals = compared(Path(folder), args.work, *(args.rival_clips or CLIPS_OF_OTHERS))
             found["models"] = [*others, {"name": name, "rivals": rivals}]
         record.write_text(json.dumps(found, indent=1))
     elif not args.page_only:
         found = collect(args.work, args.val_clips, args.test_clips)
-        found["rivals"] = compared(trained.MODEL, args.work, *(args.rival_clips or (90, 510)))
+        clips = args.rival_clips or CLIPS
+        found["rivals"] = compared(trained.MODEL, args.work, *clips)
+        found |= {part: measured(part, trained.MODEL, args.work, found["rivals"], clips) for part in PARTS}
         found["models"] = json.loads(record.read_text())["models"] if record.exists() else []  # those of --model stay
         record.write_text(json.dumps(found, indent=1))
         best = max(("zero", "attention"), key=lambda masking: found["chosen"][masking]["accuracy"])
@@ -120,6 +145,18 @@ def compared(folder: Path, work: Path, val_clips: int, test_clips: int) -> dict:
     validation = WholePrompts(model, processor, pool, scenes, ["avhbench"])
     test = WholePrompts(model, processor, *clips_of(work, processor, "test", test_clips), FAMILIES)
     return measure_rivals(model, validation, test)
+
+
+def measured(part: str, folder: Path, work: Path, rivals: dict, clips: tuple[int, int]) -> dict:
+    """One of PARTS for the model in ``folder``, with the settings that ``rivals`` records."""
+    model, processor = load(folder)
+    settings = {row["name"]: row["settings"] for row in rivals["methods"]}
+    if part == "exact":
+        pool, scenes = clips_of(work, processor, "test", clips[1])
+        return measure_exact(model, WholePrompts(model, processor, pool, scenes, EXACT_FAMILIES), settings)
+    pool, scenes = clips_of(work, processor, "val", clips[0])
+    validation = WholePrompts(model, processor, pool, scenes, FAMILIES)
+    return measure_probe(model, validation, scenes, settings[BY_TRUTH])
 
 
 def load(folder: Path) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ from fmd_ext.lab.synthetic.questions import AUDIO_TASK, MATCHING_TASK, VIDEO_TAS
 
 TASKS = {AUDIO_TASK: "sound", VIDEO_TASK: "picture", MATCHING_TASK: "matching"}
 GROUPS = tuple(f"{name}, {how}" for name in TASKS.values() for how in ("agreeing", "disagreeing"))
-ROUTED = "FMD, routed"
+ROUTED, BY_TRUTH = "FMD, routed", "FMD, routed by truth"
 TIMED_ROUNDS, TIMED_BATCHES = 5, 3
 LEAST_LOSS = 0.01  # that counts, when settings are chosen
 SENSE_OF = {"visual": "video", "audio": "audio", "both": "both"}  # what a prompt keeps of its clip
@@ -117,7 +117,7 @@ def rivals(layers: int) -> list[Rival]:
         Rival("vanilla", [{}], _vanilla),
         Rival("FMD", [*zero, *attention], _within(lambda model, questions, **s: fmd_ext.patch(model, **s))),
         Rival(ROUTED, routed, _within(_routed)),
-        Rival("FMD, routed by truth", routed, _within(_routed_by_truth)),
+        Rival(BY_TRUTH, routed, _within(_routed_by_truth)),
         Rival(
             "FMD, routed, zero masking", [{**s, "text_weight": w} for s in zero for w in weights[:2]], _within(_routed)
         ),

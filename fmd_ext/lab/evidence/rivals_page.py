@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from fmd_ext.lab.evidence.probe import DRAWS, OTHER, SAME
 from fmd_ext.lab.evidence.rivals import GROUPS, LEAST_LOSS, ROUTED
 
 LEAST_GAIN = 0.10  # what routing is to gain where the senses disagree, each
@@ -16,7 +17,7 @@ COMPARED = ("sound, agreeing", *DISAGREEING)
 
 def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
     """``found``: the whole record."""
-    rivals, models, other = found["rivals"], found["models"], found["alternatives"]
+    rivals, models = found["rivals"], found["models"]
     rows = {row["name"]: row for row in rivals["methods"]}
     yield from ("## Which sense the question needs", "")
     yield (
@@ -25,13 +26,7 @@ def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
         f"On the test questions it names the right one for {_router(rivals['router'])}."
     )
     yield ""
-    sure = ", ".join(f"{group} {value:.1%}" for group, value in other["confidence"].items())
-    yield (
-        "Without asking, on validation clips: where the surer branch answers, all layers forked: "
-        f"{sure}; where the unpatched model's last token looks tells questions about the picture from those about the "
-        f"sound in {other['attention']['told_apart']:.0%} of {other['attention']['prompts']}, at the best threshold."
-    )
-    yield ""
+    yield from _other_judges(found)
     yield (
         f"Every method on the same {rivals['items']} questions about {rivals['clips']} test clips, each question a "
         "whole prompt. Settings were chosen on "
@@ -40,12 +35,13 @@ def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     yield from _table(
-        ["", *GROUPS, "passes", "layer rows", "time"], (_method(row, rows["vanilla"]) for row in rows.values())
+        ["", *GROUPS, "passes", "layer rows", "time", "settings"],
+        (_method(row, rows["vanilla"]) for row in rows.values()),
     )
     yield ""
     yield (
         "Passes (calls of the decoder), rows computed by its layers, and time are multiples of vanilla's, the asking "
-        "included. Time is the median over rounds in which both run in turn. Chosen: " + _chosen(rows.values()) + "."
+        "included. Time is the median over rounds in which both run in turn."
     )
     yield from ("", "Differences from vanilla in points, with 95 % intervals clustered by clip; `*`: p below 0.05 by a")
     yield f"sign-flip test, after Holm's correction over all {len(rivals['against_vanilla'])}:"
@@ -66,6 +62,7 @@ def rivals_lines(found: dict[str, Any]) -> Iterator[str]:
         yield from (f"on fewer test clips ({clips}):", "")
         yield from _table(["", "method", *GROUPS, "asked rightly"], _other_models(rivals, models))
     yield ""
+    yield from _exact(found)
 
 
 def _router(router: dict[str, Any]) -> str:
@@ -74,23 +71,72 @@ def _router(router: dict[str, Any]) -> str:
 
 def _method(row: dict[str, Any], vanilla: dict[str, Any]) -> list[str]:
     cost = [row["cost"][key] / vanilla["cost"][key] for key in ("passes", "layer_rows")]
-    return [row["name"], *_accuracies(row), *(f"{value:.2f}" for value in (*cost, row["time"]))]
+    chosen = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+    return [row["name"], *_accuracies(row), *(f"{value:.2f}" for value in (*cost, row["time"])), chosen]
 
 
 def _accuracies(row: dict[str, Any]) -> list[str]:
     return [f"{100 * row['groups'][group]['value']:.1f}" for group in GROUPS]
 
 
-def _chosen(rows: Iterable[dict[str, Any]]) -> str:
-    given = ((row["name"], row["settings"]) for row in rows if row["settings"])
-    return "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in given)
+def _other_judges(found: dict[str, Any]) -> Iterator[str]:
+    """What is known without asking: the branches' confidence, attention, and a probe, each on validation clips."""
+    other = found["alternatives"]
+    yield (
+        "Other judges, on validation clips: the branch that is surer, all layers forked; and a linear probe of the "
+        "prompt that asks, fitted to a few labelled prompts, with other objects or from MUSIC-AVQA and AVQA "
+        f"(named rightly: mean of {DRAWS} draws; in brackets the gain over asking on the same questions; `*` after "
+        "Holm's correction within a row). Where the last token looks tells picture from sound in "
+        f"{other['attention']['told_apart']:.0%} at the best threshold."
+    )
+    yield ""
+    sure = [f"{100 * other['confidence'][group]:.1f}" for group in GROUPS]
+    rows = [["the package's", "surer branch", "", "", *sure]]
+    models = ({"name": "the package's", **found}, *found["models"])
+    for name, probe in ((model["name"], model["probe"]) for model in models if "probe" in model):
+        rows.append([name, "asking", "0", f"{probe['asked']['right']:.1%}", *[""] * len(GROUPS)])
+        for kind in (SAME, OTHER):
+            cells = (
+                f"{100 * row['probe']:.1f} ({100 * row['value']:+.1f}{_star(row)})" for row in probe[kind]["routed"]
+            )
+            right = sum(probe[kind]["right"]) / len(probe[kind]["right"])
+            rows.append([name, f"probe, {kind}", str(probe[kind]["labelled"]), f"{right:.1%}", *cells])
+    yield from _table(["", "judge", "labelled", "named rightly", *GROUPS], rows)
+    yield ""
+
+
+def _exact(found: dict[str, Any]) -> Iterator[str]:
+    """Open answers and choices; the package's model, and others that were asked."""
+    models = [{"name": "the package's", **found}, *found["models"]]
+    models = [model for model in models if "exact" in model]
+    if not models:
+        return
+    first = models[0]["exact"]
+    tested = sum("p_adjusted" in row for row in first["methods"])
+    clips = ", ".join(f"{model['name']}: {model['exact']['clips']}" for model in models)
+    yield (
+        "Open answers and choices, exact, with the same settings, on test clips "
+        f"({clips}); `*`: differs from vanilla, after Holm's correction over all {tested}:"
+    )
+    yield ""
+    groups = list(dict.fromkeys(row["group"] for row in first["methods"]))
+    rows = []
+    for model in models:
+        for name in dict.fromkeys(row["name"] for row in model["exact"]["methods"]):
+            own = [row for row in model["exact"]["methods"] if row["name"] == name]
+            rows.append([model["name"], name, *(f"{100 * row['value']:.1f}{_star(row)}" for row in own)])
+    yield from _table(["", "method", *groups], rows)
+    yield ""
+
+
+def _star(row: dict[str, Any]) -> str:
+    return " *" if row.get("p_adjusted", 1.0) < 0.05 else ""
 
 
 def _differences(rows: Sequence[dict[str, Any]], name: str) -> Iterator[str]:
     for row in rows:
         if row["name"] == name:
-            star = " *" if row["p_adjusted"] < 0.05 else ""
-            yield f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}){star}"
+            yield f"{100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f}){_star(row)}"
 
 
 def _verdict(rivals: dict[str, Any], rows: dict[str, Any]) -> str:

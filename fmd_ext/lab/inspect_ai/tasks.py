@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import ChatMessageUser, ContentText, ContentVideo, GenerateConfig
+from inspect_ai.model import ChatMessageUser, ContentAudio, ContentText, ContentVideo, GenerateConfig
 from inspect_ai.scorer import (
     CORRECT,
     INCORRECT,
@@ -24,19 +26,24 @@ from inspect_ai.solver import TaskState, generate
 from fmd_ext.lab.eval.benchmarks import load
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.run import judged
+from fmd_ext.lab.eval.whole_files import whole_file
 
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".mpeg": "mpeg", ".mpg": "mpeg"}
 
 
 @task
-def benchmark(name: str, data: str, prompt: str = "default", questions: str | None = None) -> Task:
+def benchmark(
+    name: str, data: str, prompt: str = "default", questions: str | None = None, clips: str | None = None
+) -> Task:
     """Questions of a benchmark whose video is there; captions are left out: their scores are of a corpus.
 
     Args:
         name: of a benchmark, as for ``fmd-ext eval``.
         data, prompt, questions: folder, prompt and question file, as there.
+        clips: a folder for copies with just what a question is asked with, where a benchmark gives one sense or has
+            sound files of its own.
 
-    Raises ValueError where nothing can be asked, and for records that are not as published.
+    Raises ValueError where nothing can be asked, for records that are not as published, and where copies need a folder.
     """
     loaded = load(name, data, prompt=prompt, questions=questions)
     if loaded.malformed:
@@ -44,10 +51,13 @@ def benchmark(name: str, data: str, prompt: str = "default", questions: str | No
     items = [item for item in loaded.items if item.kind != "caption" and item.path is not None]
     if not items:
         raise ValueError(f"none of the questions in {', '.join(map(str, loaded.files))} has a video and a score")
-    if any(item.sound is not None or item.senses != "both" for item in items):
+    if clips is None and any(item.sound is not None or item.senses != "both" for item in items):
         raise ValueError(
-            f"{loaded.benchmark.title} gives one sense, or a sound file of its own: only fmd-ext eval does so"
+            f"{loaded.benchmark.title} gives one sense, or a sound file of its own: -T clips=FOLDER says where copies "
+            "with just that may lie"
         )
+    if clips is not None:
+        items = [dataclasses.replace(item, path=whole_file(item, Path(clips)), sound=None) for item in items]
     table = loaded.benchmark.tables[0]
     most = max(loaded.benchmark.max_new_tokens[item.kind] for item in items)
     return Task(
@@ -77,8 +87,11 @@ def as_a_person_reads() -> Scorer:
 
 
 def _sample(item: Item, table: str) -> Sample:
-    suffix = item.path.suffix.lower()
-    video = ContentVideo(video=str(item.path.resolve()), format=FORMATS.get(suffix, "mp4"))
+    suffix, path = item.path.suffix.lower(), str(item.path.resolve())
+    if item.senses == "sound":
+        medium = ContentAudio(audio=path, format="mp3" if suffix == ".mp3" else "wav")
+    else:
+        medium = ContentVideo(video=path, format=FORMATS.get(suffix, "mp4"))
     metadata: dict[str, Any] = {
         "video": item.video,
         "question": item.question,
@@ -86,5 +99,5 @@ def _sample(item: Item, table: str) -> Sample:
         "options": item.options,
         "group": next(iter(item.values(table)), "other"),
     }
-    message = ChatMessageUser(content=[video, ContentText(text=item.prompt)])
+    message = ChatMessageUser(content=[medium, ContentText(text=item.prompt)])
     return Sample(id=item.id, input=[message], target=item.answer, metadata=metadata)

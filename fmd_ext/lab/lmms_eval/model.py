@@ -128,6 +128,8 @@ class FMDModel(lmms):
         ]
 
     def _clip(self, medium: Any) -> Clip:
+        if isinstance(medium, dict):  # a sound, as `doc_to_visual` gives it
+            medium = medium.get("path")
         if not isinstance(medium, str):
             raise ValueError(f"fmd_ext takes paths of video and audio files, the task gave {type(medium).__name__}")
         return load_clip_for(self._processor, medium, progress=False, **self._rates)

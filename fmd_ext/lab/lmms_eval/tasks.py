@@ -6,15 +6,18 @@ functions come from. Captions are left out: their scores are of a corpus, and lm
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fmd_ext.inputs.media import load_clip
 from fmd_ext.lab.eval.benchmarks import Loaded
 from fmd_ext.lab.eval.items import Item
 from fmd_ext.lab.eval.run import judged
+from fmd_ext.lab.eval.whole_files import whole_file
 
 UTILS = """\
 from fmd_ext.lab.lmms_eval import doc_to_target, doc_to_text, doc_to_visual, mean_score, process_results
@@ -55,18 +58,17 @@ METRIC = """\
 def write_task(loaded: Loaded, folder: str | Path) -> Path:
     """Writes the task ``fmd_<benchmark>`` into ``folder`` and returns the path of its YAML file.
 
-    Questions whose video is missing are left out, captions too. The metrics are accuracy, the share of unparsed
-    answers, and the accuracy in each group of the benchmark's first table, all with lmms-eval's errors clustered by
-    video. Raises ValueError where no question is left.
+    Questions whose video is missing are left out, captions too. A question about one sense, or with a sound file of its
+    own, gets a copy that holds just that in ``folder/clips``, so that any model of lmms-eval is asked alike. The
+    metrics are accuracy, the share of unparsed answers, and the accuracy in each group of the benchmark's first table,
+    all with lmms-eval's errors clustered by video. Raises ValueError where no question is left, and for a clip that
+    cannot be copied.
     """
     folder = Path(folder).resolve()
     items = [item for item in loaded.items if item.kind != "caption" and item.path is not None]
     if not items:
         raise ValueError(f"none of the questions in {', '.join(map(str, loaded.files))} has a video and a score")
-    if any(item.sound is not None or item.senses != "both" for item in items):
-        raise ValueError(
-            f"{loaded.benchmark.title} gives one sense, or a sound file of its own: only fmd-ext eval does so"
-        )
+    items = [dataclasses.replace(item, path=whole_file(item, folder / "clips"), sound=None) for item in items]
     folder.mkdir(parents=True, exist_ok=True)
     task = "fmd_" + loaded.benchmark.name.replace("-", "_")
     table = loaded.benchmark.tables[0]
@@ -90,8 +92,13 @@ def write_task(loaded: Loaded, folder: str | Path) -> Path:
     return path
 
 
-def doc_to_visual(doc: Mapping[str, Any]) -> list[str]:
-    return [doc["path"]]
+def doc_to_visual(doc: Mapping[str, Any]) -> list[Any]:
+    """The path of a video; of a sound, as lmms-eval has it, ``array`` (float32 mono) and ``sampling_rate``, and its
+    ``path``, from which our own model reads it."""
+    if doc["senses"] != "sound":
+        return [doc["path"]]
+    clip = load_clip(doc["path"], progress=False)
+    return [{"array": clip.audio, "sampling_rate": clip.sampling_rate, "path": doc["path"]}]
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
@@ -121,6 +128,7 @@ def _row(item: Item, table: str) -> dict[str, Any]:
         "id": item.id,
         "video": item.video,
         "path": str(item.path.resolve()),
+        "senses": item.senses,
         "prompt": item.prompt,
         "kind": item.kind,
         "answer": item.answer,

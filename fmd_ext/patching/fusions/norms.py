@@ -23,10 +23,11 @@ class FusedNorm:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Norm of the one argument [..., size] over its last dimension."""
-        hidden, *more = (*args, *kwargs.values())
-        if more or hidden.dtype != module.weight.dtype:
+        weight = module.weight
+        hidden, *more = args if args and not kwargs else (*args, *kwargs.values())
+        if more or hidden.dtype != weight.dtype:
             return self.original(*args, **kwargs)
-        return F.rms_norm(hidden, module.weight.shape, module.weight, _eps(module))
+        return torch.rms_norm(hidden, weight.shape, weight, _eps(module))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -47,4 +48,5 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _eps(module: nn.Module) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    held = module.__dict__
+    return held.get("variance_epsilon", held.get("eps"))

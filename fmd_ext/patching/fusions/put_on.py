@@ -1,4 +1,6 @@
-"""Puts the fusions on a decoder, each where it computes the same and is not slower, and says where and why not."""
+"""Puts the fusions on a decoder and the encoders before it, each where it computes the same and is not slower, and says
+where and why not.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import torch
 from torch import nn
 
 from fmd_ext.adapters import Adapter
-from fmd_ext.patching.fusions import norms, products, rotary
+from fmd_ext.patching.fusions import kept_logits, norms, products, rotary, row_chunks, windows
 from fmd_ext.patching.installation import Installation
 from fmd_ext.patching.refusals import attention_modules
 
-NAMES = ("rotation", "norms", *products.GROUPS)
+NAMES = ("rotation", "norms", *products.GROUPS, "windows", "mlp_chunks", "kept_logits")
 
 # Where products are joined without being asked for. On a CPU they pay little: docs/performance.md, "all fusions".
 JOINED_ON = ("cuda",)
@@ -41,12 +43,21 @@ def none_on(why: str) -> dict[str, Fusion]:
     return dict.fromkeys(NAMES, Fusion(0, why))
 
 
-def put_on(put: Installation, decoder: nn.Module, adapter: Adapter, wanted: bool | None) -> dict[str, Fusion]:
+def put_on(
+    put: Installation,
+    entry: nn.Module,
+    decoder: nn.Module,
+    adapter: Adapter,
+    wanted: bool | None,
+    kept: kept_logits.KeptLogits,
+) -> dict[str, Fusion]:
     """Puts fusions on; returns by name what was put on.
 
     Args:
+        entry: the module that takes token ids; what is not its decoder's are encoders.
         wanted: True: all that compute the same; None: those of them that are not slower on the decoder's device;
             False: none.
+        kept: through which the entry's forward takes ``logits_to_keep``, where the fusion of that name is on.
     """
     if wanted is False:
         return none_on("switched off by patch(..., fusions=False)")
@@ -58,7 +69,16 @@ def put_on(put: Installation, decoder: nn.Module, adapter: Adapter, wanted: bool
         found[name] = _products(put, decoder.layers, members, wanted, seen, said)
     if any(found[name].places for name in products.GROUPS) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # blocks of the weights' former memory
+    found["windows"] = _windows(put, entry, decoder)
+    found["mlp_chunks"] = _mlp_chunks(put, entry)
+    why_not = kept_logits.put_on(put, entry, kept)
+    found["kept_logits"] = Fusion(int(not why_not), why_not)
     return found
+
+
+def _windows(put: Installation, entry: nn.Module, decoder: nn.Module) -> Fusion:
+    places, reasons = windows.put_on(put, entry, decoder)
+    return Fusion(places, next(iter(reasons), "" if places else "the model has no encoder with windows"))
 
 
 def _rotations(put: Installation, decoder: nn.Module, adapter: Adapter) -> Fusion:
@@ -119,3 +139,24 @@ def _why_not_here(members: tuple[nn.Module, ...], wanted: bool | None, seen: set
     if wanted is None and device not in JOINED_ON:
         return f"it pays little on {device}; patch(..., fusions=True) puts it on"
     return ""
+
+
+def _mlp_chunks(put: Installation, entry: nn.Module) -> Fusion:
+    places, reasons = 0, []
+    tried: dict[tuple, str] = {}
+    for mlp in row_chunks.mlps_in(entry):
+        kind = (
+            type(mlp),
+            *((type(part), *(w.shape for w in part.parameters(recurse=False))) for part in mlp.modules()),
+        )
+        why = row_chunks.why_whole(mlp)
+        if not why and kind not in tried:
+            tried[kind] = row_chunks.differs(mlp)
+        if why := why or tried[kind]:
+            reasons.append(why)
+            continue
+        put.override(mlp, "forward", row_chunks.ChunkedRows)
+        places += 1
+    if not places and not reasons:
+        return Fusion(0, "the model has no MLP of its own")
+    return Fusion(places, next(iter(reasons), ""))

@@ -54,9 +54,15 @@ class FusedRotation:
         if call is None or args or kwargs or not _is_served(q, k, cos, sin):
             return self._rotate(q, k, cos, sin, *args, **kwargs)
         rows = q[0].transpose(0, 1)
-        q_out = rows.new_empty(rows.shape)
-        call.rotation = Rotation(rows, q_out, k, cos[0], sin[0])
-        return q_out.transpose(0, 1)[None], k
+        q_out = torch.empty_like(rows)
+        query = q_out.transpose(0, 1)[None]
+        angles = [call.once(name, own, _only_sample) for name, own in (("cos", cos), ("sin", sin))]
+        call.rotation = Rotation(query, rows, q_out, k, *angles)
+        return query, k
+
+
+def _only_sample(x: Tensor) -> Tensor:
+    return x[0]
 
 
 def _is_served(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -66,7 +72,7 @@ def _is_served(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and cos.dtype == sin.dtype
         and cos.dtype in (q.dtype, torch.float32)
         and q.dtype == k.dtype
-        and all(x.stride(-1) == 1 for x in (q, k, cos, sin))
+        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
     )
 
 

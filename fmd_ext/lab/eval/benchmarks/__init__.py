@@ -209,10 +209,10 @@ def _prompt(benchmark: Benchmark, prompt: str) -> Prompt:
     if "{question}" not in prompt:
         raise ValueError(
             f"{benchmark.name} has no prompt {prompt!r}: the prompts are {', '.join(benchmark.prompts)}, "
-            "or a template with {question}, {options}, {inline_options} or {subtitles}"
+            "or a template with {question}, {options}, {inline_options}, {option_list} or {subtitles}"
         )
     try:
-        prompt.format(question="", options="", inline_options="", subtitles="")
+        prompt.format(question="", options="", inline_options="", option_list="", subtitles="")
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"the prompt template has a placeholder that is not known: {error}") from error
     return Prompt(prompt, "given by the user")

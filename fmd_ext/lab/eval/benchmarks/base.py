@@ -24,7 +24,8 @@ class DataError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """How a question is put. ``{question}``, ``{options}`` (one per line, "A. ..."), ``{inline_options}`` (the same in
-    one line) and ``{subtitles}`` are filled in. ``source`` says where the wording comes from."""
+    one line), ``{option_list}`` (the same as Python writes a list) and ``{subtitles}`` are filled in. ``source`` says
+    where the wording comes from."""
 
     template: str
     source: str
@@ -229,6 +230,7 @@ def ask(item: Item, template: str) -> str:
         question=item.question,
         options="\n".join(lettered),
         inline_options=" ".join(lettered),
+        option_list=str(lettered),
         subtitles=item.subtitles or "No subtitles available.",
     ).strip()
 

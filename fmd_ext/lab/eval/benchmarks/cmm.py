@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from fmd_ext.lab.eval.benchmarks import official
 from fmd_ext.lab.eval.benchmarks.base import PLAIN, Benchmark, Findings, Prompt
 from fmd_ext.lab.eval.items import Item
 
 # The paper's measures are accuracies: of the questions whose answer is yes, and of those whose answer is no.
 MEASURES = {"yes": "perception accuracy", "no": "hallucination resistance"}
+SUB_CATEGORIES = (
+    "visual-language",
+    "audio-language",
+    "visual-audio-language",
+    "overrely_visual_ignore_audio",
+    "overrely_audio_ignore_visual",
+    "overrely_language_ignore_visual",
+)
 _HOW = "Answer with yes or no."  # behind the questions of some versions of the file, not of all
 _NAMES = ("category", "sub_category", "modality", "granularity", "question", "answer")
 
@@ -83,6 +92,14 @@ CMM = Benchmark(
         "plain": PLAIN,
     },
     published={"all": 2400},
-    tables=("measure", "sub-category measure", "category", "granularity", "modality"),
-    notes="A question with a video alone is asked without its sound, one with a sound file alone without a picture.",
+    published_groups={
+        "measure": dict.fromkeys(MEASURES.values(), 1200),
+        "sub-category": dict.fromkeys(SUB_CATEGORIES, 400),
+        "granularity": {"object-level": 1000, "event-level": 1400},
+    },
+    official=official.CMM,
+    tables=("measure", "sub-category", "sub-category measure", "category", "granularity", "modality"),
+    group_averages=("measure",),
+    notes="The mean over measure is that of perception accuracy and hallucination resistance. "
+    "A question with a video alone is asked without its sound, one with a sound file alone without a picture.",
 )

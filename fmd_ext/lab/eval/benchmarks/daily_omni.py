@@ -5,11 +5,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fmd_ext.lab.eval.benchmarks.base import LETTER, PLAIN, Benchmark, Findings, choice_of
+from fmd_ext.lab.eval.benchmarks import official
+from fmd_ext.lab.eval.benchmarks.base import LETTER, PLAIN, Benchmark, Findings, Prompt, choice_of
 from fmd_ext.lab.eval.items import Item
 
 _TITLES = {"both": "Daily-Omni", "picture": "Daily-Omni, picture only", "sound": "Daily-Omni, sound only"}
 _NAMES = {"both": "daily-omni", "picture": "daily-omni-picture", "sound": "daily-omni-sound"}
+_ASKING = (
+    "Your task is to accurately answer multiple-choice questions based on the given {given}.\n"
+    "Select the single most accurate answer from the given choices.\n"
+    "Question: {{question}}\nChoices: {{option_list}}\n"
+    "Your answer should be a capital letter representing your choice: A, B, C, or D. Don't generate any other text."
+)
+_AUTHORS = "the authors' scripts in test_model/; theirs for Qwen2.5-Omni puts it before the video, here it follows"
 _TYPES = {
     "AV Event Alignment": 238,
     "Comparative": 131,
@@ -62,9 +70,14 @@ DAILY_OMNI, DAILY_OMNI_PICTURE, DAILY_OMNI_SOUND = (
         source="https://github.com/Lliar-liar/Daily-Omni (qa.json; Videos/<id>/<id>_video.mp4 and <id>_audio.wav)",
         files=("qa.json", "daily_omni.json"),
         read=functools.partial(read, senses),
-        prompts={"default": LETTER, "plain": PLAIN},
+        prompts={
+            "default": Prompt(_ASKING.format(given="audio" if senses == "sound" else "video"), _AUTHORS),
+            "letter": LETTER,
+            "plain": PLAIN,
+        },
         published={"qa.json": 1197},
-        published_groups={"type": _TYPES},
+        published_groups={"type": _TYPES, "duration": {"30s": 647, "60s": 550}},
+        official=official.DAILY_OMNI,
         tables=("type", "duration", "category", "topic"),
         notes="Three benchmarks, by what the model is given: both senses, picture only, sound only.",
     )

@@ -34,6 +34,20 @@ def label_within(item: Item, text: str) -> str | None:
     return item.answer if item.answer in text else other if other in text else None
 
 
+def label_at_the_start(item: Item, text: str) -> str | None:
+    """The right label within the first five characters, also within another word: "I know" is no. "Yesno" is right for
+    either label."""
+    return label_within(item, text.strip()[:5])
+
+
+def letter_at_the_start(item: Item, text: str) -> str | None:
+    """The first letter, where it is A to D, also in lower case and of a word: "Both" is B. Of a reply that contains
+    "assistant" only what follows counts."""
+    _, marked, rest = text.partition("assistant")
+    found = re.match(r"\s*([A-D])", rest if marked else text, re.IGNORECASE)
+    return found[1].upper() if found else None
+
+
 # Of the phrases that the script lists four work; commas are missing between the rest, "Best answer: C" is B.
 _ANNOUNCING = re.compile(r"The (?:best|correct) answer is|The answer(?: is)?")
 
@@ -60,5 +74,7 @@ def letter_anywhere(item: Item, text: str) -> str:
 
 
 AVHBENCH = Official(label_within, "substring scoring as in public code of AVCD; AVHBench's repository has no scorer")
+CMM = Official(label_at_the_start, "the authors' evaluation/calculate_score.py")
+DAILY_OMNI = Official(letter_at_the_start, "the authors' test_model/Qwen2.5-Omni/testmodel.py")
 VIDEO_MME = Official(first_capital, "the authors' eval_your_results.py", skips_unread=True)
 WORLDSENSE = Official(letter_anywhere, "its task in lmms-eval 0.7.3")
