@@ -9,8 +9,9 @@
 namespace fmd::cuda {
 
 void launch_sm80_branched_prefill(const BranchedAttentionParams& params, void* stream);
-// For devices of compute capability 9.0.
-void launch_sm90_branched_prefill(const BranchedAttentionParams& params, void* stream);
+// For devices of compute capability 9.0. workspace: kSm90PrefillWorkspace bytes.
+void launch_sm90_branched_prefill(const BranchedAttentionParams& params, void* workspace, void* stream);
+constexpr int64_t kSm90PrefillWorkspace = 16;
 
 // Calls launch(Instance<T, head_dim>{}, blocks, row_blocks, q_is_aligned) for blocks of Shape<head_dim>::kRows rows,
 // unless there are none.

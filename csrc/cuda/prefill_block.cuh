@@ -33,14 +33,21 @@ struct PrefillBlock {
   }
 };
 
-// Fills `block` for this block of a grid of num_row_blocks * num_groups * num_kv_heads, of kRows rows each; a barrier
-// must follow. False, for all threads alike, where there are no rows.
-template <int kRows>
-FMD_DEVICE bool start_prefill_block(const BranchedAttentionParams& params, int num_row_blocks, PrefillBlock& block) {
-  // The blocks with most keys first.
+// Each block of a grid has an item, and its first thread writes it down.
+struct ItemOfBlock {
+  FMD_DEVICE int64_t index() const { return block_index(); }
+  FMD_DEVICE bool fills() const { return thread_index() == 0; }
+};
+
+// The item at item.index() of num_row_blocks * num_groups * num_kv_heads, of kRows rows each, those with most keys
+// first. The thread for which item.fills() writes it to `block`; a barrier must follow. False, for all threads alike,
+// where there are no rows; then `block` stays as it is.
+template <int kRows, typename Item>
+FMD_DEVICE bool start_prefill_block(const BranchedAttentionParams& params, int num_row_blocks, const Item& item,
+                                    PrefillBlock& block) {
   const int64_t num_columns = params.num_groups * params.num_kv_heads;
-  const int row_block = num_row_blocks - 1 - static_cast<int>(block_index() / num_columns);
-  const int64_t column = block_index() % num_columns;
+  const int row_block = num_row_blocks - 1 - static_cast<int>(item.index() / num_columns);
+  const int64_t column = item.index() % num_columns;
   const int64_t group = column / params.num_kv_heads;
 
   const int64_t qo_begin = params.cu_seqlens_q[group];
@@ -49,7 +56,7 @@ FMD_DEVICE bool start_prefill_block(const BranchedAttentionParams& params, int n
   const int first_row = row_block * kRows;
   const int rows_left = qo_len * heads_per_kv - first_row;
   if (rows_left <= 0) return false;
-  if (thread_index() == 0) {
+  if (item.fills()) {
     const KeyRanges ranges = params.key_ranges[group];
     block.prefix_slot = ranges.prefix_start;
     block.own_slot = ranges.kv_start - ranges.prefix_len;

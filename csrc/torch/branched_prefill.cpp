@@ -33,7 +33,11 @@ std::tuple<Tensor, Tensor> branched_prefill(const Tensor& q, const Tensor& k, co
   params.max_qo_len = max_qo_len;
 #ifdef FMD_FOR_CUDA
   if (max_qo_len < 0) fail("fmd_ext::", op, ": max_qo_len is ", max_qo_len, ", accepted are values from 0 on");
-  return attend(op, params, q, return_lse, launch_branched_prefill_cuda);
+  return attend(op, params, q, return_lse, [&](const BranchedAttentionParams& complete, void* stream) {
+    const std::vector<int64_t> floats = {branched_prefill_workspace_cuda(complete) / 4};
+    Tensor workspace = torch::stable::new_empty(q, floats, ScalarType::Float);
+    launch_branched_prefill_cuda(complete, workspace.mutable_data_ptr(), stream);
+  });
 #else
   check_cu_seqlens(op, params, max_qo_len);
   return attend(op, params, q, return_lse, [](const BranchedAttentionParams& complete) {

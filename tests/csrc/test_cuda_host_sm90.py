@@ -100,6 +100,24 @@ class TestPrefill:
         assert_attention(first, expected(case), expected(case, torch.float16))
         assert all(same_bits(first, other) for other in others)
 
+    @pytest.mark.parametrize(
+        "groups",
+        [
+            [Group(300, 400, 40)],
+            [Group(40, 0), Group(40, 70), Group(40, 0), Group(38, 300, 9)],  # of the first rows none sees a key
+            [Group(150, 160), Group(1, 300), Group(17, 30), Group(3, 9)],  # most items have no rows: a block for each
+        ],
+    )
+    def test_blocks_that_run_through_many_items(self, groups):
+        """One block has them all, or each has its own; in orders in which the producer is ahead, and is not."""
+        case = make_case(groups, (7, 1), 64, torch.bfloat16)
+        calls = Calls()
+        for seed, multiprocessors in ((0, 1), (1, 1), (2, 1), (4, 1), (1, 3), (1, 132)):
+            calls.attention(case, seed=seed, multiprocessors=multiprocessors, kernel="sm90")
+        first, *others = calls.run()
+        assert_attention(first, expected(case), expected(case, torch.bfloat16))
+        assert all(same_bits(first, other) for other in others)
+
     @pytest.mark.parametrize("heads", [(28, 1), (20, 10)])
     def test_branches_and_heads_beyond_a_tile(self, heads):
         case = make_case([Group(1, 11 * i, 50) for i in range(7)], heads, 64, torch.bfloat16)

@@ -17,6 +17,12 @@ FMD_DEVICE void wait_for_kernel_ahead() {
 #endif
 }
 
+FMD_DEVICE int take_number(int* counter) { return atomicAdd(counter, 1); }
+
+inline void clear_memory(void* pointer, size_t bytes, void* stream) {
+  require(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)), "fmd_ext: cudaMemsetAsync");
+}
+
 inline int64_t blocks_at_once(int shared_bytes) {
   int bytes = 0;
   require(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, current_device()),

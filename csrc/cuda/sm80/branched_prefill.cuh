@@ -36,7 +36,7 @@ branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_
   T* q_tile = shared_memory<T>();
   T* ring = q_tile + Shape::kRows * kDim;
   PrefillBlock& block = *reinterpret_cast<PrefillBlock*>(shared_memory<unsigned char>() + Shape::kTileBytes);
-  if (!start_prefill_block<Shape::kRows>(params, num_row_blocks, block)) return;
+  if (!start_prefill_block<Shape::kRows>(params, num_row_blocks, ItemOfBlock{}, block)) return;
   block_barrier();
   const int num_tiles = (block.num_keys + Shape::kKeys - 1) / Shape::kKeys;
   const int first_masked_tile = block.limit_of(0) / Shape::kKeys;

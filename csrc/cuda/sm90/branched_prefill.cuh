@@ -1,11 +1,15 @@
 // Attention of query groups to a prefix and, causally, to their own segment: sm_90a, on warpgroup matrix products.
 //
-// A block takes 128 rows (see prefill_block.cuh). Its first warpgroup, the producer, brings the tiles of K and V, in
-// turns, into a ring of kSlots slots; each of two consumer warpgroups computes 64 of the rows. An mbarrier per slot
-// says when it is full and one when it is empty. The copies themselves arrive when they are there, so the producer
-// never waits for them, only for empty slots; the consumers fence after their wait. A consumer issues the scores of a
-// tile and the values of the tile before it together, so that its softmax runs beside its values. The consumers issue
-// in turns, so that one's softmax also runs beside the other's products: otherwise both may come to it at once.
+// An item is 128 rows (see prefill_block.cuh). There are as many blocks as run at once; each takes items one after the
+// other from a queue, those with most keys first. Its first warpgroup, the producer, takes the items and brings their
+// tiles of K and V, in turns, into a ring of kSlots slots; each of two consumer warpgroups computes 64 of an item's
+// rows. The producer is already at the next item while the consumers end one.
+//
+// An mbarrier per slot says when it is full and one when it is empty. The copies themselves arrive when they are there,
+// so the producer never waits for them, only for empty slots; the consumers fence after their wait. A consumer issues
+// the scores of a tile and the values of the tile before it together, so that its softmax runs beside its values. The
+// consumers issue in turns, so that one's softmax also runs beside the other's products: otherwise both may come to it
+// at once.
 //
 // The producer copies 16 bytes at a time: segments begin at any slot, a tile may hold the end of the prefix and the
 // beginning of the own segment, and what lies beyond must not be read, since it may be NaN. Boxes of a tensor map can
@@ -15,6 +19,7 @@
 #pragma once
 
 #include "cuda/attention_tile.cuh"
+#include "cuda/device/grid.h"
 #include "cuda/device/sm90.h"
 #include "cuda/prefill_block.cuh"
 #include "fmd/branched_attention.h"
@@ -35,14 +40,40 @@ struct Sm90PrefillShape {
   // Registers per thread: what the consumers need, out of those that every thread begins with. More in all, and the
   // consumers would wait for them for ever.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kStartRegisters);
 
+  // Halves of tiles are numbered through all items of a block: K of the first tile, V of it, K of the second, ...; half
+  // h lies in slot h % kSlots.
+  static constexpr int kItems = 2;  // that a block has at once
   struct Control {
-    PrefillBlock block;
-    uint64_t full[kSlots], empty[kSlots];
+    PrefillBlock items[kItems];  // one without rows: there are no more
+    uint64_t full[kSlots], empty[kSlots], item_full[kItems], item_empty[kItems];
   };
+  static constexpr int kWarps = kThreads / kWarpSize;
   static constexpr int kSharedBytes = kTileBytes + static_cast<int>(sizeof(Control));
+
+  // Named barriers: 1 and 2 are each consumer's own, 3 and 4 their turns. A consumer waits for its turn where it issues
+  // the products of a tile, and gives the turn to the other behind them. The first consumer has the first turn; it
+  // takes the one that is left in the end.
+  FMD_DEVICE static void take_turn(int consumer) { group_barrier(3 + consumer, kConsumers * kWarpgroupSize); }
+  FMD_DEVICE static void give_turn(int consumer) { group_barrier_arrive(4 - consumer, kConsumers * kWarpgroupSize); }
+
+  FMD_DEVICE static int num_tiles(const PrefillBlock& block) { return (block.num_keys + kKeys - 1) / kKeys; }
+};
+
+// Block b has item b first; later ones are those from num_blocks on, in the order in which blocks ask.
+struct PrefillQueue {
+  int* taken;  // 0 before the launch
+  int num_blocks, num_items, num_row_blocks;
+};
+
+// As one thread takes it.
+struct ItemOfQueue {
+  int number;
+
+  FMD_DEVICE int64_t index() const { return number; }
+  FMD_DEVICE bool fills() const { return true; }
 };
 
 // Place of the 16-byte vector `vec` of a row in a tile [kRows, dims] of panels.
@@ -87,35 +118,65 @@ struct Sm90Products {
 };
 
 template <typename T, int kDim>
-FMD_DEVICE void sm90_prefill_produce(const BranchedAttentionParams& params, const PrefillBlock& block, T* ring,
-                                     uint64_t* full, uint64_t* empty, int num_tiles) {
+FMD_DEVICE void sm90_prefill_produce(const BranchedAttentionParams& params, const PrefillQueue& queue, T* ring,
+                                     typename Sm90PrefillShape<kDim>::Control& control) {
   using Shape = Sm90PrefillShape<kDim>;
   constexpr int kRowVecs = kDim / kVecElements;
   constexpr int kPassRows = kWarpgroupSize / kRowVecs;  // rows that the warpgroup copies at once
   const int thread = thread_index() % kWarpgroupSize;
   const int vec = thread % kRowVecs;
-  const int prefix_len = block.prefix_len, num_keys = block.num_keys;
 
-  // Half-tiles: K of tile 0, V of tile 0, K of tile 1, ...
-  const auto copy_half = [&](int half) {
-    const bool is_v = half % 2 != 0;
+  const auto copy_half = [&](const PrefillBlock& block, int tile_half, int half) {
+    const bool is_v = tile_half % 2 != 0;
     const T* pool = static_cast<const T*>(is_v ? params.v : params.k);
     const int64_t stride_slot = is_v ? params.v_stride_slot : params.k_stride_slot;
     const T* from = pool + block.kv_head * (is_v ? params.v_stride_head : params.k_stride_head) + vec * kVecElements;
     T* tile = ring + half % Shape::kSlots * Shape::kSlotElements;
+    const int prefix_len = block.prefix_len, num_keys = block.num_keys;
 #pragma unroll 4
     for (int row = thread / kRowVecs; row < Shape::kKeys; row += kPassRows) {
-      const int key = half / 2 * Shape::kKeys + row;
+      const int key = tile_half / 2 * Shape::kKeys + row;
       const bool valid = key < num_keys;
       const int64_t slot = key + (key < prefix_len ? block.prefix_slot : block.own_slot);
       copy_async_16(tile + panel_place<Shape::kKeys>(row, vec), valid ? from + slot * stride_slot : pool, valid);
     }
-    copy_async_arrive(&full[half % Shape::kSlots]);
+    copy_async_arrive(&control.full[half % Shape::kSlots]);
   };
-  for (int half = 0; half < 2 * num_tiles; ++half) {
-    // The first round finds all slots empty: of the phase before the first, a wait is over at once.
-    mbarrier_wait(&empty[half % Shape::kSlots], (half / Shape::kSlots + 1) % 2);
-    copy_half(half);
+  // By one thread.
+  int next = static_cast<int>(block_index());
+  const auto take_item = [&](PrefillBlock& block) {
+    const auto starts = [&] {
+      return start_prefill_block<Shape::kRows>(params, queue.num_row_blocks, ItemOfQueue{next}, block);
+    };
+    while (next < queue.num_items && !starts()) next = queue.num_blocks + take_number(queue.taken);
+    if (next >= queue.num_items) {
+      block.num_rows = 0;
+    } else {
+      next = queue.num_blocks + take_number(queue.taken);
+    }
+  };
+
+  int half = 0;
+  for (int turn = 0;; ++turn) {
+    const int at = turn % Shape::kItems;
+    PrefillBlock& block = control.items[at];
+    if (thread < kWarpSize) {
+      // The first round finds all slots empty: of the phase before the first, a wait is over at once.
+      mbarrier_wait(&control.item_empty[at], (turn / Shape::kItems + 1) % 2);
+      if (thread == 0) {
+        take_item(block);
+        mbarrier_arrive(&control.item_full[at]);
+      }
+    }
+    mbarrier_wait(&control.item_full[at], turn / Shape::kItems % 2);
+    if (block.num_rows == 0) break;
+    const int num_halves = 2 * Shape::num_tiles(block);
+    for (int tile_half = 0; tile_half < num_halves; ++tile_half, ++half) {
+      mbarrier_wait(&control.empty[half % Shape::kSlots], (half / Shape::kSlots + 1) % 2);
+      copy_half(block, tile_half, half);
+    }
+    warp_barrier();
+    if (thread % kWarpSize == 0) mbarrier_arrive(&control.item_empty[at]);
   }
   // No thread leaves before its copies.
   copy_async_commit();
@@ -123,8 +184,9 @@ FMD_DEVICE void sm90_prefill_produce(const BranchedAttentionParams& params, cons
 }
 
 template <typename T, int kDim>
-FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, const PrefillBlock& block, T* q_tile,
-                                     const T* ring, uint64_t* full, uint64_t* empty, int num_tiles, bool q_is_aligned) {
+FMD_DEVICE void sm90_prefill_consume_item(const BranchedAttentionParams& params, const PrefillBlock& block, T* q_tile,
+                                          const T* ring, typename Sm90PrefillShape<kDim>::Control& control,
+                                          int first_half, bool q_is_aligned) {
   using Shape = Sm90PrefillShape<kDim>;
   using Products = Sm90Products<T, kDim>;
   using State = typename Products::State;
@@ -133,7 +195,7 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
   const int thread = thread_index() % kWarpgroupSize;
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int first_row = consumer * Shape::kGroupRows;
-  q_tile += consumer * Shape::kGroupElements;
+  const int num_tiles = Shape::num_tiles(block);
 
   for (int row = thread / kRowVecs; row < Shape::kGroupRows; row += kWarpgroupSize / kRowVecs) {
     const int vec = thread % kRowVecs;
@@ -157,9 +219,9 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
 
   const SharedAddress q = shared_address(q_tile);
   const auto slot_of = [&](int half) { return shared_address(ring + half % Shape::kSlots * Shape::kSlotElements); };
-  const auto wait_for = [&](int half) { mbarrier_wait(&full[half % Shape::kSlots], half / Shape::kSlots % 2); };
+  const auto wait_for = [&](int half) { mbarrier_wait(&control.full[half % Shape::kSlots], half / Shape::kSlots % 2); };
   const auto release = [&](int half) {
-    if (lane == 0) mbarrier_arrive(&empty[half % Shape::kSlots]);
+    if (lane == 0) mbarrier_arrive(&control.empty[half % Shape::kSlots]);
   };
   const Scale scale = score_scale(params.softmax_scale);
   const int first_masked_tile = block.limit_of(first_row) / Shape::kKeys;
@@ -196,13 +258,6 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
     for (int step = 0; step < Shape::kKeys / 16; ++step) State::fragment_of(weights[step], scores[0], step);
   };
 
-  // Named barriers: 1 and 2 are each consumer's own, 3 and 4 their turns. A consumer waits for its turn where it issues
-  // products, num_tiles times, and gives the turn to the other behind them; the first one has the first turn.
-  constexpr int kBothConsumers = Shape::kConsumers * kWarpgroupSize;
-  const auto take_turn = [&] { group_barrier(3 + consumer, kBothConsumers); };
-  const auto give_turn = [&] { group_barrier_arrive(4 - consumer, kBothConsumers); };
-  if (consumer == 1 && num_tiles > 0) give_turn();
-
   const auto fence_scores = [&] { wgmma_fence_operand(reinterpret_cast<typename Products::Sums&>(scores)); };
   const auto fence_out = [&] { wgmma_fence_operand(reinterpret_cast<typename Products::Out&>(state.out)); };
   // Before products that take what the softmax made.
@@ -214,28 +269,28 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
   };
 
   if (num_tiles > 0) {
-    wait_for(0);
+    wait_for(first_half);
     async_proxy_fence();
-    take_turn();
+    Shape::take_turn(consumer);
     wgmma_fence();
-    Products::score(scores, q, slot_of(0));
-    if (consumer == 0 || num_tiles > 1) give_turn();
+    Products::score(scores, q, slot_of(first_half));
+    Shape::give_turn(consumer);
     wgmma_wait<0>();
     fence_scores();
-    release(0);
+    release(first_half);
     softmax(0);
     pack_weights();
   }
   for (int tile = 1; tile < num_tiles; ++tile) {
-    const int k_half = 2 * tile, v_half = 2 * tile - 1;
+    const int k_half = first_half + 2 * tile, v_half = k_half - 1;
     wait_for(v_half);
     wait_for(k_half);
     async_proxy_fence();
-    take_turn();
+    Shape::take_turn(consumer);
     fence_operands();
     Products::score(scores, q, slot_of(k_half));
     Products::accumulate(state, weights, slot_of(v_half));
-    if (consumer == 0 || tile + 1 < num_tiles) give_turn();
+    Shape::give_turn(consumer);
     wgmma_wait<1>();
     fence_scores();
     release(k_half);
@@ -248,12 +303,14 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
     pack_weights();
   }
   if (num_tiles > 0) {
-    wait_for(2 * num_tiles - 1);
+    const int v_half = first_half + 2 * num_tiles - 1;
+    wait_for(v_half);
     async_proxy_fence();
     fence_operands();
-    Products::accumulate(state, weights, slot_of(2 * num_tiles - 1));
+    Products::accumulate(state, weights, slot_of(v_half));
     wgmma_wait<0>();
     fence_out();
+    release(v_half);
   }
   state.finish();
 
@@ -286,12 +343,32 @@ FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, cons
 }
 
 template <typename T, int kDim>
+FMD_DEVICE void sm90_prefill_consume(const BranchedAttentionParams& params, T* q_tile, const T* ring,
+                                     typename Sm90PrefillShape<kDim>::Control& control, bool q_is_aligned) {
+  using Shape = Sm90PrefillShape<kDim>;
+  const int consumer = thread_index() / kWarpgroupSize - 1;
+  q_tile += consumer * Shape::kGroupElements;
+  if (consumer == 1) Shape::give_turn(consumer);
+  int first_half = 0;
+  for (int turn = 0;; ++turn) {
+    const int at = turn % Shape::kItems;
+    const PrefillBlock& block = control.items[at];
+    mbarrier_wait(&control.item_full[at], turn / Shape::kItems % 2);
+    if (block.num_rows == 0) break;
+    sm90_prefill_consume_item<T, kDim>(params, block, q_tile, ring, control, first_half, q_is_aligned);
+    first_half += 2 * Shape::num_tiles(block);
+    group_barrier(1 + consumer, kWarpgroupSize);  // all have done with q_tile
+    if (thread_index() % kWarpSize == 0) mbarrier_arrive(&control.item_empty[at]);
+  }
+  if (consumer == 0) Shape::take_turn(consumer);
+}
+
+template <typename T, int kDim>
 FMD_KERNEL(Sm90PrefillShape<kDim>::kThreads, 1)
-sm90_branched_prefill_kernel(const BranchedAttentionParams params, const int num_row_blocks, const bool q_is_aligned) {
+sm90_branched_prefill_kernel(const BranchedAttentionParams params, const PrefillQueue queue, const bool q_is_aligned) {
   using Shape = Sm90PrefillShape<kDim>;
   unsigned char* const memory = shared_memory<unsigned char>();
   auto& control = *reinterpret_cast<typename Shape::Control*>(memory + Shape::kTileBytes);
-  if (!start_prefill_block<Shape::kRows>(params, num_row_blocks, control.block)) return;
   T* const q_tile = reinterpret_cast<T*>(memory);
   T* const ring = q_tile + Shape::kConsumers * Shape::kGroupElements;
   if (thread_index() == 0) {
@@ -299,16 +376,18 @@ sm90_branched_prefill_kernel(const BranchedAttentionParams params, const int num
       mbarrier_init(&control.full[slot], kWarpgroupSize);
       mbarrier_init(&control.empty[slot], Shape::kConsumers * kWarpgroupSize / kWarpSize);
     }
+    for (int at = 0; at < Shape::kItems; ++at) {
+      mbarrier_init(&control.item_full[at], 1);
+      mbarrier_init(&control.item_empty[at], Shape::kWarps);
+    }
   }
   block_barrier();
-  const int num_tiles = (control.block.num_keys + Shape::kKeys - 1) / Shape::kKeys;
   if (thread_index() < kWarpgroupSize) {
     setmaxnreg_dec<Shape::kProducerRegisters>();
-    sm90_prefill_produce<T, kDim>(params, control.block, ring, control.full, control.empty, num_tiles);
+    sm90_prefill_produce<T, kDim>(params, queue, ring, control);
   } else {
     setmaxnreg_inc<Shape::kConsumerRegisters>();
-    sm90_prefill_consume<T, kDim>(params, control.block, q_tile, ring, control.full, control.empty, num_tiles,
-                                  q_is_aligned);
+    sm90_prefill_consume<T, kDim>(params, q_tile, ring, control, q_is_aligned);
   }
 }
 

@@ -53,8 +53,9 @@ void launch_branched_decode_cpu(const BranchedAttentionParams& params, ParallelF
 
 // CUDA: bfloat16 and float16 and head_dim 64 and 128, else std::invalid_argument. K, V and out: 16-byte aligned, with
 // strides to match; q: any. num_queries * heads_per_kv < 2^31. Rows of out and lse in no group are written too (0 and
-// -infinity) where num_queries < num_rows.
-void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* stream);
+// -infinity) where num_queries < num_rows. workspace: as for decode below.
+int64_t branched_prefill_workspace_cuda(const BranchedAttentionParams& params);
+void launch_branched_prefill_cuda(const BranchedAttentionParams& params, void* workspace, void* stream);
 
 // workspace: branched_decode_workspace_cuda(params, fixed_split) bytes, 16-byte aligned; may be reused once the launch
 // has run. fixed_split: a row's keys are split as they would be if its unit, the groups that share its prefix, were

@@ -112,7 +112,10 @@ void attention(bool decode) {
     std::memset(workspace.at<void>(), 0xff, static_cast<size_t>(bytes));
     fmd::launch_branched_decode_cuda(p, fixed_split, workspace.at<void>(), nullptr);
   } else {
-    fmd::launch_branched_prefill_cuda(p, nullptr);
+    const int64_t bytes = fmd::branched_prefill_workspace_cuda(p);
+    const Array workspace(bytes);
+    std::memset(workspace.at<void>(), 0x7f, static_cast<size_t>(bytes));
+    fmd::launch_branched_prefill_cuda(p, workspace.at<void>(), nullptr);
   }
   out.write();
   lse.write();

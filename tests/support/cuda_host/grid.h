@@ -22,6 +22,9 @@ void wait_for_kernel_ahead();
 inline void allow_blocks_behind() { host::allow_blocks_behind(); }
 inline void wait_for_kernel_ahead() { host::wait_for_kernel_ahead(); }
 
+inline int take_number(int* counter) { return (*counter)++; }
+inline void clear_memory(void* pointer, size_t bytes, void*) { std::memset(pointer, 0, bytes); }
+
 // As on a device with as much shared memory as the largest block here.
 inline int64_t blocks_at_once(int shared_bytes) {
   const int64_t fit = 228 * 1024 / (shared_bytes + 1024);
