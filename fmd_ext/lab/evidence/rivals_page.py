@@ -115,10 +115,7 @@ def _exact(found: dict[str, Any]) -> Iterator[str]:
     first = models[0]["exact"]
     tested = sum("p_adjusted" in row for row in first["methods"])
     clips = ", ".join(f"{model['name']}: {model['exact']['clips']}" for model in models)
-    yield (
-        "Open answers and choices, exact, same settings, on test clips "
-        f"({clips}); `*`: differs from vanilla, after Holm's correction over all {tested}:"
-    )
+    yield (f"Exact answers, same settings, test clips ({clips}); `*`: differs from vanilla, after Holm over {tested}:")
     yield ""
     groups = list(dict.fromkeys(row["group"] for row in first["methods"]))
     rows = []
