@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from fmd_ext.lab.bench import memory
 from fmd_ext.lab.bench.__main__ import OPS
 from paths import ROOT
 
@@ -48,4 +49,4 @@ def test_what_pip_says_is_shown_only_where_it_fails(tmp_path, status):
 def test_the_gpu_script_measures_all_that_there_is():
     """`fmd_ext.lab.bench --only` takes these names and no other."""
     parts = re.findall(r"(?m)^bench \w+ \d+ (.+)$", (ROOT / "scripts" / "gpu").read_text())
-    assert sorted(" ".join(parts).split()) == sorted(OPS)
+    assert sorted(" ".join(parts).split()) == sorted((*OPS, memory.NAME))

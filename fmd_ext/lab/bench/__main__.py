@@ -11,17 +11,28 @@ from typing import Any
 
 import torch
 
-from . import attention_cases, fused_cases, machine, memory, model_cases, report, row_cases
+from . import attention_cases, encoder_cases, fused_cases, machine, memory, model_cases, report, row_cases
 from .cases import Case, run_case
 from .roofline import add_limits, measure_peaks
 from .timing import MIN_ROUNDS
-from .workload import LONG_ROWS, PROMPT, QUICK_LONG_ROWS, QUICK_PROMPT, SIZES, Workload
+from .workload import (
+    CLIPS,
+    EXTRAS,
+    LONG_ROWS,
+    PROMPT,
+    QUICK_CLIPS,
+    QUICK_EXTRAS,
+    QUICK_LONG_ROWS,
+    QUICK_PROMPT,
+    SIZES,
+    Workload,
+)
 
 ATTENTION_OPS, MODEL_CALLS = (
     ("branched_prefill", "branched_decode"),
     ("model_prefill", "model_decode", "model_generate"),
 )
-OPS = ("append_", *ATTENTION_OPS, "merge_", "rope_append_", *MODEL_CALLS)
+OPS = ("append_", *ATTENTION_OPS, "merge_", "rope_append_", *MODEL_CALLS, encoder_cases.NAME)
 DTYPES = ("float32", "bfloat16", "float16")
 SECONDS_PER_CASE, SECONDS_PER_QUICK_CASE = 5.0, 0.05
 WRONG_OUTPUT, USER_ERROR = 1, 2
@@ -42,6 +53,8 @@ def build_cases(workload: Workload, dtype: torch.dtype, device: torch.device, op
             yield from (case for case in build(workload, dtype, device) if case.op in ops)
     if ops.intersection(MODEL_CALLS):
         yield from model_cases.cases(workload, dtype, device, ops)
+    if encoder_cases.NAME in ops:
+        yield from encoder_cases.cases(workload, dtype, device)
 
 
 def main(argv: Sequence[str] | None = None, build: Build = build_cases) -> int:
@@ -56,7 +69,11 @@ def main(argv: Sequence[str] | None = None, build: Build = build_cases) -> int:
         torch.set_num_threads(args.threads)
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     size = args.size or ("tiny" if args.quick else "quarter" if device.type == "cpu" else "full")
-    workload = Workload(SIZES[size], QUICK_PROMPT if args.quick else PROMPT)
+    if args.quick:
+        workload = Workload(SIZES[size], QUICK_PROMPT, QUICK_EXTRAS, QUICK_CLIPS)
+    else:
+        extras = EXTRAS if device.type == "cuda" else ()
+        workload = Workload(SIZES[size], PROMPT, extras, CLIPS[device.type])
     facts: dict[str, Any] = {
         "command": " ".join(["python -m fmd_ext.lab.bench", *(sys.argv[1:] if argv is None else argv)]),
         **machine.describe(device),

@@ -51,6 +51,12 @@ class AttentionWork:
     def is_decode(self) -> bool:
         return all(len(group.rows) == 1 for group in self.groups)
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether the groups are samples of a batch, all of one size."""
+        sizes = {(len(group.rows), len(group.slots), group.prefix_len) for group in self.groups}
+        return len(self.groups) > 1 and len(sizes) == 1 and self.groups[0].prefix_len == 0
+
 
 def alternatives(work: AttentionWork) -> Iterator[Candidate]:
     """Candidates for ``work``. All but the first are optional: run where they exist and take the shapes."""
@@ -83,7 +89,9 @@ def _sdpa(work: AttentionWork, name: str, backend: SDPBackend | None = None) -> 
     def restore(out: Tensor) -> Tensor:
         return out.reshape(work.q.shape[1], -1, work.q.shape[2]).transpose(0, 1)
 
-    candidate = per_branch(work, name, lambda: attend, arrange, restore)
+    candidate = (
+        _batched(work, name, attend) if work.is_batch else per_branch(work, name, lambda: attend, arrange, restore)
+    )
     if backend is None:
         return dataclasses.replace(candidate, optional=False)
     run = candidate.step.run
@@ -93,6 +101,21 @@ def _sdpa(work: AttentionWork, name: str, backend: SDPBackend | None = None) -> 
             return run()
 
     return dataclasses.replace(candidate, step=Step(forced))
+
+
+def _batched(work: AttentionWork, name: str, attend: Call) -> Candidate:
+    """The samples of a batch in one call of scaled_dot_product_attention, laid out before the clock starts."""
+    rows, slots = (torch.stack([getattr(group, own) for group in work.groups]) for own in ("rows", "slots"))
+    queries = work.q[rows].transpose(1, 2).contiguous()  # [batch, heads, rows, head_dim]
+    keys, values = (pool[:, slots].transpose(0, 1).contiguous() for pool in (work.k, work.v))
+    given = queries.reshape(len(rows), work.k.shape[0], -1, work.q.shape[2]) if work.is_decode else queries
+
+    def output(attended: Tensor) -> list[Tensor]:
+        out = torch.zeros(work.q.shape, dtype=work.q.dtype, device=work.q.device)
+        out[rows] = attended.reshape(queries.shape).transpose(1, 2)
+        return [out]
+
+    return Candidate(name, Step(lambda: attend(given, keys, values)), output, work.reference, optional=True)
 
 
 def per_branch(

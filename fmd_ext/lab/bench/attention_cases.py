@@ -32,6 +32,23 @@ def groups_of(step: LayerPlan, device: torch.device) -> list[Group]:
     return groups
 
 
+# Query-key pairs up to which eager masked attention is a candidate: its scores take 4 bytes per head of each.
+MOST_EAGER_PAIRS = 1 << 25
+BLOCK_QUERIES = 2048  # of a group, whose scores eager attention holds at once
+
+
+def blocks_of(groups: list[Group]) -> list[Group]:
+    """The same attention in groups of at most `BLOCK_QUERIES` queries."""
+    blocks = []
+    for group in groups:
+        num_queries, num_keys = len(group.rows), len(group.slots)
+        for begin in range(0, num_queries, BLOCK_QUERIES):
+            end = min(begin + BLOCK_QUERIES, num_queries)
+            seen = group.slots[: num_keys - num_queries + end]
+            blocks.append(Group(group.rows[begin:end], seen, group.prefix_len))
+    return blocks
+
+
 def cases(workload: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     for plan in attention_plans(workload):
         yield _case(workload, plan, dtype, device)
@@ -57,21 +74,19 @@ def _case(workload: Workload, plan: AttentionPlan, dtype: torch.dtype, device: t
         def own() -> Tensor:
             return ops.branched_prefill(q, k, v, qo_rows, cu_seqlens_q, segments, step.max_qo_len, scale)[0]
 
-    # Made once, since all layers share them. A single query sees everything.
-    masks = [group.visible if len(group.rows) > 1 else None for group in groups]
-
-    def eager() -> Tensor:
-        return eager_attention(q, k, v, groups, masks, scale)
-
-    reference = Reference.beside([exact_attention(q, k, v, groups, scale)], [eager()])
+    blocks = blocks_of(groups)
+    plain = eager_attention(q, k, v, blocks, masks_of(blocks), scale)
+    reference = Reference.beside([exact_attention(q, k, v, blocks, scale)], [plain])
+    del plain
     candidates = [Candidate("fmd_ext", Step(own), lambda out: [out], reference)]
     if plan.op == "branched_prefill" and (runs := step.causal_runs) is not None:
         by_runs = Step(lambda: runs.attend(q, k, v, scale))
         candidates.append(Candidate("fmd_ext, causal runs", by_runs, lambda out: [out], reference))
-    candidates += [
-        Candidate("eager PyTorch", Step(eager), lambda out: [out], reference),
-        *alternatives(AttentionWork(q, k, v, groups, scale, reference)),
-    ]
+    if sum(len(group.rows) * len(group.slots) for group in groups) <= MOST_EAGER_PAIRS:
+        masks = masks_of(groups)  # made once, since all layers share them
+        eager = Step(lambda: eager_attention(q, k, v, groups, masks, scale))
+        candidates.append(Candidate("eager PyTorch", eager, lambda out: [out], reference))
+    candidates += alternatives(AttentionWork(q, k, v, groups, scale, reference))
     shapes = {
         "rows": plan.num_rows,
         "queries and keys": [[len(group.rows), len(group.slots)] for group in groups],
@@ -79,6 +94,11 @@ def _case(workload: Workload, plan: AttentionPlan, dtype: torch.dtype, device: t
         "head_dim": size.head_dim,
     }
     return Case(plan.op, plan.variant, shapes, candidates, least_work(q, k, groups))
+
+
+def masks_of(groups: list[Group]) -> list[Tensor | None]:
+    """What each group's queries see; None: a single query, which sees everything."""
+    return [group.visible if len(group.rows) > 1 else None for group in groups]
 
 
 def eager_attention(

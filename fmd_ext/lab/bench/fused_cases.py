@@ -11,15 +11,15 @@ from fmd_ext import ops
 
 from .cases import Candidate, Case
 from .checking import Reference
-from .plans import CallPlan, call_plans
+from .plans import CallPlan, calls_of
 from .roofline import Work
 from .timing import Step
 from .workload import Workload
 
 
 def cases(workload: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for call in call_plans(workload, "zero"):
-        yield _rope_append_case(workload, call, dtype, device)
+    for variant, call in calls_of(workload, "rope_append_"):
+        yield _rope_append_case(workload, variant, call, dtype, device)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -28,7 +28,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
 
 
-def _rope_append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
+def _rope_append_case(
+    workload: Workload, variant: str, call: CallPlan, dtype: torch.dtype, device: torch.device
+) -> Case:
     """q, k and v of a layer before the merge: rotated, and k and v in their slots."""
     size, num_rows = workload.size, call.plan.num_rows
     slots = call.plan.fork.get("slots", device)
@@ -68,4 +70,4 @@ def _rope_append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, de
     shapes = {"rows": num_rows, **heads, "head_dim": size.head_dim}
     read = queries.numel() + new.numel() + cos.numel() + sin.numel()
     work = Work((read + queries.numel() + new.numel()) * queries.element_size())
-    return Case("rope_append_", call.phase, shapes, candidates, work)
+    return Case("rope_append_", variant, shapes, candidates, work)

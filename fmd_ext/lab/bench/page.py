@@ -35,6 +35,7 @@ INTRODUCTION = """
 * `vanilla` is the unpatched model, `two passes` runs the early layers twice, as the paper does. Models have random
   weights, a small vocabulary and no encoders.
 * `no fusions`, `all fusions`: `patch(..., fusions=False)`, `True`. `asked first`: a prompt of 64 tokens asks first.
+* `first_token`: `generate` of one token from a clip's patches and mel frames; encoders of 320 channels on a CPU.
 * `model_memory/N`: `generate` of one token behind a prompt of N rows; what model and embeddings hold is left out.
 * `…, runner` decodes over static buffers (on a GPU: a CUDA graph). `model_generate` is `model.generate` of 32
   tokens.

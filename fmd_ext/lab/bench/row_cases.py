@@ -11,7 +11,7 @@ from fmd_ext import FMDConfig, ops
 
 from .cases import Candidate, Case
 from .checking import Reference
-from .plans import CallPlan, call_plans
+from .plans import CallPlan, calls_of
 from .roofline import Work
 from .timing import Step
 from .workload import Workload
@@ -20,16 +20,16 @@ EXACT = 0.0  # allowed error of what only moves bytes
 
 
 def append_cases(workload: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for call in call_plans(workload, "zero"):
-        yield _append_case(workload, call, dtype, device)
+    for variant, call in calls_of(workload, "append_"):
+        yield _append_case(workload, variant, call, dtype, device)
 
 
 def merge_cases(workload: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for call in call_plans(workload, "zero"):
-        yield _merge_case(workload, call, dtype, device)
+    for variant, call in calls_of(workload, "merge_"):
+        yield _merge_case(workload, variant, call, dtype, device)
 
 
-def _append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
+def _append_case(workload: Workload, variant: str, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
     """Rows into the pools of a layer before the merge. torch.cat, which copies what is there, holds both branches."""
     size, num_rows = workload.size, call.plan.num_rows
     slots = call.plan.fork.get("slots", device)
@@ -62,10 +62,10 @@ def _append_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device:
         Candidate("eager torch.cat", Step(cat), list, Reference(list(joined), EXACT)),
     ]
     shapes = {"rows": num_rows, "kv heads": size.num_kv_heads, "head_dim": size.head_dim, "cached": held}
-    return Case("append_", call.phase, shapes, candidates, Work(2 * new.numel() * new.element_size()))
+    return Case("append_", variant, shapes, candidates, Work(2 * new.numel() * new.element_size()))
 
 
-def _merge_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
+def _merge_case(workload: Workload, variant: str, call: CallPlan, dtype: torch.dtype, device: torch.device) -> Case:
     plan, hidden_size = call.plan, workload.size.hidden_size
     home, away = plan.tensors.get("home_rows", device), plan.tensors.get("away_rows", device)
     modality = plan.tensors.get("away_modality", device)
@@ -108,4 +108,4 @@ def _merge_case(workload: Workload, call: CallPlan, dtype: torch.dtype, device: 
     ]
     shapes = {"rows": plan.num_rows, "pairs": plan.num_away, "hidden_size": hidden_size}
     moved = 3 * plan.num_away * hidden_size * original.element_size()  # home and away read, home written
-    return Case("merge_", call.phase, shapes, candidates, Work(moved))
+    return Case("merge_", variant, shapes, candidates, Work(moved))

@@ -99,10 +99,74 @@ PROMPT = Prompt(prefix=20, visual=1400, between=2, audio=500, rest=58)  # 80 row
 QUICK_PROMPT = Prompt(prefix=5, visual=70, between=2, audio=25, rest=8)
 
 
+def of_text(rows: int) -> Prompt:
+    return Prompt(rows, 0, 0, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A further situation of some ops.
+
+    Args:
+        variant: its name.
+        phase: ``prefill``, or ``decode``: a token behind the prompt.
+        ops: those that are measured in it.
+        prompt: of each sample.
+        batch: samples, all alike.
+    """
+
+    variant: str
+    phase: str
+    ops: tuple[str, ...]
+    prompt: Prompt
+    batch: int = 1
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int8 [batch, length]."""
+        return self.prompt.labels.repeat(self.batch, axis=0)
+
+
+# What a GPU is measured on besides: long and many prompts, whose attention is plainly causal, and a long clip.
+EXTRAS = (
+    *(
+        Extra(name, "prefill", ("branched_prefill",), of_text(rows), batch)
+        for name, rows, batch in (("2k", 2048, 1), ("8k", 8192, 1), ("32k", 32768, 1), ("8 of 2k", 2048, 8))
+    ),
+    Extra("long clip", "prefill", ("branched_prefill",), Prompt(64, 6000, 0, 1500, 100)),
+    *(
+        Extra(name, "decode", ("branched_decode",), of_text(rows), batch)
+        for name, rows, batch in (("2k", 2048, 1), ("8 of 8k", 8192, 8), ("64 of 2k", 2048, 64))
+    ),
+    Extra("65,536 rows", "prefill", ("append_", "rope_append_"), of_text(2048), 32),
+    Extra("32,768 pairs", "prefill", ("merge_",), Prompt(64, 16000, 0, 16668, 100)),
+)
+QUICK_EXTRAS = (
+    Extra("batch", "prefill", ("branched_prefill", "append_", "rope_append_"), of_text(40), 3),
+    Extra("batch", "decode", ("branched_decode",), of_text(40), 3),
+    Extra("clip", "prefill", ("branched_prefill", "merge_"), Prompt(4, 30, 0, 20, 6)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What encoders are given: patches [frames, height, width], 2 x 2 of which make a token; mel frames of 10 ms."""
+
+    grid: tuple[int, int, int]
+    mel_frames: int
+
+
+# By device: a clip of 10 s, and on a GPU one of 90 s with 30 s of sound.
+CLIPS = {"cpu": (Clip((10, 16, 16), 1000),), "cuda": (Clip((10, 28, 28), 1000), Clip((90, 28, 28), 3000))}
+QUICK_CLIPS = (Clip((2, 4, 4), 100),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     size: Size
     prompt: Prompt
+    extras: tuple[Extra, ...] = ()
+    clips: tuple[Clip, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """As JSON holds it."""
