@@ -29,14 +29,8 @@ CUDA_ATTENTION_HEAD_DIMS = (64, 128)
 LEAST_CAPABILITY = (8, 0)
 # Where tests/csrc/test_cuda_device.py has passed. On other compute capabilities a check precedes the first use.
 TESTED_CAPABILITIES = {(9, 0)}
-CHOICES = ("auto", "kernel", "torch")
-_VARIABLE = "FMD_EXT_OPS"
-PREFILLS = ("auto", "op", "sdpa")
-_PREFILL_VARIABLE = "FMD_EXT_PREFILL"
 # From here on cuDNN's causal attention is faster than the kernels: 1.5 to 1.9 times on an H200, from 2,000 rows on.
 SDPA_CAPABILITY = (9, 0)
-SPLITS = ("auto", "fixed")
-_SPLIT_VARIABLE = "FMD_EXT_DECODE_SPLIT"
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ def prefill_path(device: torch.device, dtype: torch.dtype, head_dim: int) -> Pat
     if key not in _found_prefill:
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         path = decide_prefill(find(device, dtype, head_dim, attention=True), capability)
-        if path.name == "sdpa" and _prefill == "auto" and (failure := _causal_problem(device, dtype, head_dim)):
+        if path.name == "sdpa" and _prefill.value == "auto" and (failure := _causal_problem(device, dtype, head_dim)):
             path = Path("op", failure)
             logger.warning("fmd_ext: on %s branched_prefill runs prompts given at once: %s", device.type, failure)
         _found_prefill[key] = path
@@ -148,8 +142,8 @@ def _causal_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 def decide_prefill(path: Path, capability: tuple[int, int]) -> Path:
     """`prefill_path`, from what `find` gives for attention and the compute capability, (0, 0) of other devices."""
-    if _prefill != "auto":
-        return Path(_prefill, f"{_prefill} was chosen")
+    if _prefill.value != "auto":
+        return Path(_prefill.value, f"{_prefill.value} was chosen")
     if path.name == "torch":
         return Path("sdpa", "where torch's own operations run, causal attention without a mask is faster")
     if capability >= SDPA_CAPABILITY:
@@ -160,9 +154,36 @@ def decide_prefill(path: Path, capability: tuple[int, int]) -> Path:
 _found: dict[tuple, Path] = {}
 _found_prefill: dict[tuple, Path] = {}
 _warned: set[str] = set()
-_choice = "auto"
-_prefill = "auto"
-_split = "auto"
+
+
+class _Choice:
+    """What the user chooses: at first by an environment variable.
+
+    Args:
+        what: its name in errors.
+        variable: of the environment.
+        accepted: the values; the first one holds where nothing is said.
+    """
+
+    def __init__(self, what: str, variable: str, *accepted: str) -> None:
+        self.what = what
+        self.accepted = accepted
+        try:
+            self.select(os.environ.get(variable) or accepted[0])
+        except ValueError as error:
+            raise ValueError(f"environment variable {variable}: {error}") from None
+
+    def select(self, value: str) -> None:
+        if value not in self.accepted:
+            raise ValueError(f"unknown {self.what} {value!r}; accepted: {', '.join(self.accepted)}")
+        self.value = value
+        _found.clear()
+        _found_prefill.clear()
+
+
+_ops = _Choice("path of the ops", "FMD_EXT_OPS", "auto", "kernel", "torch")
+_prefill = _Choice("path of prefills", "FMD_EXT_PREFILL", "auto", "op", "sdpa")
+_split = _Choice("split of decoding", "FMD_EXT_DECODE_SPLIT", "auto", "fixed")
 
 
 def select(name: str) -> None:
@@ -173,18 +194,13 @@ def select(name: str) -> None:
     Raises:
         ValueError: unknown.
     """
-    global _choice
-    if name not in CHOICES:
-        raise ValueError(f"unknown path of the ops {name!r}; accepted: {', '.join(CHOICES)}")
-    _choice = name
-    _found.clear()
-    _found_prefill.clear()
+    _ops.select(name)
 
 
 @contextlib.contextmanager
 def selected(name: str) -> Iterator[None]:
     """A context in which `select(name)` holds."""
-    before = _choice
+    before = _ops.value
     select(name)
     try:
         yield
@@ -200,11 +216,7 @@ def select_prefill(name: str) -> None:
     Raises:
         ValueError: unknown.
     """
-    global _prefill
-    if name not in PREFILLS:
-        raise ValueError(f"unknown path of prefills {name!r}; accepted: {', '.join(PREFILLS)}")
-    _prefill = name
-    _found_prefill.clear()
+    _prefill.select(name)
 
 
 def select_split(name: str) -> None:
@@ -215,21 +227,18 @@ def select_split(name: str) -> None:
     Raises:
         ValueError: unknown.
     """
-    global _split
-    if name not in SPLITS:
-        raise ValueError(f"unknown split of decoding {name!r}; accepted: {', '.join(SPLITS)}")
-    _split = name
+    _split.select(name)
 
 
 def splits_are_fixed() -> bool:
     """Whether `select_split("fixed")` holds, or torch was asked for deterministic algorithms."""
-    return _split == "fixed" or torch.are_deterministic_algorithms_enabled()
+    return _split.value == "fixed" or torch.are_deterministic_algorithms_enabled()
 
 
 def _find(device: torch.device, dtype: torch.dtype, head_dim: int | None, attention: bool) -> Path:
-    if _choice == "torch":
+    if _ops.value == "torch":
         return Path("torch", "torch's path was chosen")
-    if _choice == "kernel":
+    if _ops.value == "kernel":
         if reason := library.why_not_compiled():
             raise RuntimeError(f"the kernels were chosen for the ops, but {reason}")
         return Path("kernel", "the kernels were chosen")
@@ -282,10 +291,3 @@ def _listed(values) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-for _name_of, _select in ((_VARIABLE, select), (_PREFILL_VARIABLE, select_prefill), (_SPLIT_VARIABLE, select_split)):
-    try:
-        _select(os.environ.get(_name_of) or "auto")
-    except ValueError as error:
-        raise ValueError(f"environment variable {_name_of}: {error}") from None

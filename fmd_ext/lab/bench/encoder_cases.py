@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 import fmd_ext
 from fmd_ext import FMDConfig
 from fmd_ext.engine.reference import reference_logits
-from fmd_ext.lab.tiny.model import tiny_thinker_config
 
 from .cases import Candidate, Case
 from .checking import Reference
-from .models import sharing_weights
+from .models import build_thinker, sharing_weights
 from .roofline import Work
 from .timing import Step
-from .workload import Clip, Size, Workload
+from .workload import Clip, Workload
 
 NAME = "first_token"
+ENCODER_SIZE = 320  # channels of the encoders; those of the size "full" are as published
 FLOAT32_ERROR = 1e-3  # encoders in front: what they round goes through all layers
 WORD = 40  # any word of the vocabulary
 TEXT_BEFORE, TEXT_BEHIND = 20, 56
@@ -39,7 +38,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
 def cases(workload: Workload, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     if not workload.clips:
         return
-    model = build(workload.size, dtype, device)
+    model = build_thinker(workload.size, None, dtype, device, encoder_size=ENCODER_SIZE)
     layers = workload.size.num_layers
     exact_model = model if dtype == torch.float32 else copy.deepcopy(model).float()
     for clip in workload.clips:
@@ -60,30 +59,6 @@ def cases(workload: Workload, dtype: torch.dtype, device: torch.device) -> Itera
             candidates.append(Candidate(name, step, lambda out: [out.logits[0]], references[config]))
         shapes = {"rows": rows, "patches": list(clip.grid), "mel frames": clip.mel_frames, "layers": layers}
         yield Case(NAME, f"{rows} rows", shapes, candidates, _least_work(model, clip, rows))
-
-
-def build(size: Size, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A thinker with encoders: as published for the size "full", else tiny ones of 320 channels."""
-    if size.name == "full":
-        config = Qwen2_5OmniThinkerConfig()
-    else:
-        config = tiny_thinker_config(
-            num_layers=size.num_layers,
-            hidden_size=size.hidden_size,
-            num_heads=size.num_qo_heads,
-            num_kv_heads=size.num_kv_heads,
-            intermediate_size=size.intermediate_size,
-            encoder_size=320,
-        )
-        config.initializer_range = config.text_config.initializer_range = 0.5 * size.hidden_size**-0.5
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def inputs_of(config: Any, clip: Clip, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import DynamicCache, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from fmd_ext.adapters import find_adapter
 from fmd_ext.compat import cache_kwargs
@@ -19,23 +19,24 @@ from .workload import Size
 
 
 def build_thinker(
-    size: Size, max_length: int, dtype: torch.dtype, device: torch.device, vocab_size: int = VOCAB_SIZE
+    size: Size,
+    max_length: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocab_size: int = VOCAB_SIZE,
+    encoder_size: int = 0,
 ) -> nn.Module:
     """A thinker with a text decoder of ``size``, on scaled_dot_product_attention, in eval mode.
 
-    Its encoders are tiny and never run, and its vocabulary is small: the output layer, which costs the same with and
-    without fork-merge decoding, would only dilute the ratios.
+    Its vocabulary is small: the output layer, which costs the same with and without fork-merge decoding, would only
+    dilute the ratios.
+
+    Args:
+        max_length: positions that the decoder is made for; None: as many as it takes.
+        encoder_size: channels of encoders that are run; for the size "full" the whole model is then as published. 0:
+            the encoders are tiny and never run.
     """
-    config = tiny_thinker_config(
-        num_layers=size.num_layers,
-        hidden_size=size.hidden_size,
-        num_heads=size.num_qo_heads,
-        num_kv_heads=size.num_kv_heads,
-        intermediate_size=size.intermediate_size,
-        max_position_embeddings=max_length,
-        vocab_size=vocab_size,
-    )
-    config.initializer_range = config.text_config.initializer_range = 0.5 * size.hidden_size**-0.5
+    config = _config(size, max_length, vocab_size, encoder_size)
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -44,6 +45,23 @@ def build_thinker(
             return Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def _config(size: Size, max_length: int | None, vocab_size: int, encoder_size: int) -> Qwen2_5OmniThinkerConfig:
+    if encoder_size and size.name == "full":
+        return Qwen2_5OmniThinkerConfig()
+    given = {"max_position_embeddings": max_length, "encoder_size": encoder_size}
+    config = tiny_thinker_config(
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        num_heads=size.num_qo_heads,
+        num_kv_heads=size.num_kv_heads,
+        intermediate_size=size.intermediate_size,
+        vocab_size=vocab_size,
+        **{name: value for name, value in given.items() if value},
+    )
+    config.initializer_range = config.text_config.initializer_range = 0.5 * size.hidden_size**-0.5
+    return config
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
