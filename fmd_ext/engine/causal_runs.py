@@ -160,8 +160,7 @@ def _batch(runs: list[Run], size: int, num_rows: int) -> _Batch:
     ]
     targets = np.concatenate([run.rows[run.num_skipped :] for run in runs])
     # The rows are those of q in order, but for padding behind the last of them.
-    is_plain = len(rows) - num_rows < size and np.array_equal(targets, np.arange(num_rows))
-    is_plain = is_plain and np.array_equal(np.concatenate(results), np.arange(num_rows))
+    is_plain = all(np.array_equal(own, np.arange(num_rows)) for own in (targets, np.concatenate(results)))
     slots = np.concatenate([behind(run.slots) for run in runs])
     arrays = PackedArrays(rows=rows, slots=slots, results=np.concatenate(results), targets=targets)
     is_one = len(slots) == size and np.array_equal(slots, np.arange(slots[0], slots[0] + size))
