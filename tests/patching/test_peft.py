@@ -13,6 +13,7 @@ from fmd_ext import FMDConfig
 from fmd_ext.engine.reference import decoder_inputs, reference_generate, reference_hidden, reference_logits
 from fmd_ext.lab.tiny import tiny_thinker
 from fmd_ext.patching.branched_config import BranchedConfig
+from fmd_ext.patching.fusions import row_chunks
 from omni_inputs import AUDIO_VIDEO, VIDEO_AUDIO, build_inputs
 
 peft = pytest.importorskip("peft")
@@ -114,9 +115,10 @@ def test_prefix_tuning_is_refused():
         model.generate(**build_inputs([VIDEO_AUDIO]), **GREEDY)
 
 
-@pytest.mark.parametrize("masking", ["zero", "attention"])
-def test_one_adapter_per_sample(masking):
-    """PEFT gives every layer one name per sample; the rows of all samples lie in one sequence there."""
+@pytest.mark.parametrize("masking, most_rows", [("zero", 4096), ("attention", 4096), ("zero", 8)])
+def test_one_adapter_per_sample(masking, most_rows, monkeypatch):
+    """PEFT gives every layer one name per sample; the rows of all samples lie in one sequence there, long ones too."""
+    monkeypatch.setattr(row_chunks, "MOST_ROWS", most_rows)
     model = wrapped(lora())
     model.add_adapter("b", lora())
     model.eval()

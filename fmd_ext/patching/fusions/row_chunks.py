@@ -40,7 +40,7 @@ class ChunkedRows:
         hidden, *more = (*args, *kwargs.values())
         if more or hidden.numel() <= MOST_ROWS * hidden.shape[-1] or torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _has_hooks(module):  # PEFT's adapter by sample counts a call's rows
             return self.original(*args, **kwargs)
         num_rows = math.prod(hidden.shape[:-1])
         return in_chunks(self.original, hidden, math.ceil(num_rows / math.ceil(num_rows / MOST_ROWS)))
@@ -78,13 +78,18 @@ def _linears_of(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
+def _has_hooks(mlp: nn.Module) -> bool:
+    """Whether something looks at what is inside an MLP, now; some hooks are there for one call."""
+    return any(getattr(part, hooks, None) for part in mlp.modules() for hooks in HOOKS if part is not mlp)
+
+
 def why_whole(mlp: nn.Module) -> str:
     """Why an MLP gets all rows at once; "" where it need not."""
     kind = type(mlp).__name__
     parameters = list(inspect.signature(type(mlp).forward).parameters.values())[1:]
     if len([p for p in parameters if p.default is p.empty]) != 1:
         return f"{kind} takes more than hidden states"
-    if any(getattr(part, hooks, None) for part in mlp.modules() for hooks in HOOKS if part is not mlp):
+    if _has_hooks(mlp):
         return "a linear has hooks"
     if "forward" in mlp.__dict__:
         return f"something else has replaced the forward of this {kind}"
