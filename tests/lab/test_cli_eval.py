@@ -75,7 +75,7 @@ def test_the_whole_chain(fmd, data, tmp_path, monkeypatch, benchmark, table):
     assert f"answer cut off: {asked} by vanilla" in scored  # after three tokens
     code, _, err = fmd(*run, *QUICK, "--batch-size", "3")
     assert code == 2 and "holds predictions with batch_size=2, this run has 3" in err
-    monkeypatch.setattr(dispatch, "_split", "fixed")
+    monkeypatch.setattr(dispatch._split, "value", "fixed")
     code, _, err = fmd(*run, *QUICK, "--batch-size", "2")
     assert code == 2 and "holds predictions with decode_split='auto', this run has 'fixed'" in err
 
